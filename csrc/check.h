@@ -1,0 +1,245 @@
+// Argument checks of every op, shared by the CPU and the CUDA kernels; tokred_kernels/_check.py says the same in
+// Python. Each failure is one std::runtime_error `op: argument must be EXPECTED, got ACTUAL`, thrown before any work is
+// done. The structs are what a kernel needs of its checked arguments: inner stride 1, the other strides in elements.
+#pragma once
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/macros.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace tokred {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+inline std::string show(const std::vector<int64_t>& sizes) {
+  std::string text = "[";
+  for (size_t i = 0; i < sizes.size(); ++i) text += (i ? ", " : "") + std::to_string(sizes[i]);
+  return text + "]";
+}
+
+inline std::string show_shape(const Tensor& t) {
+  auto sizes = t.sizes();
+  return show(std::vector<int64_t>(sizes.begin(), sizes.end()));
+}
+
+inline std::string show_dtype(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float: return "float32";
+    case ScalarType::Double: return "float64";
+    case ScalarType::Half: return "float16";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Byte: return "uint8";
+    case ScalarType::Char: return "int8";
+    case ScalarType::Short: return "int16";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Long: return "int64";
+    case ScalarType::Bool: return "bool";
+    default: return "another dtype";
+  }
+}
+
+[[noreturn]] inline void fail(const char* op, const char* argument, const std::string& expected,
+                              const std::string& got) {
+  throw std::runtime_error(std::string(op) + ": " + argument + " must be " + expected + ", got " + got);
+}
+
+inline bool is_floating(ScalarType dtype) {
+  return dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16 ||
+         dtype == ScalarType::Double;
+}
+
+inline void check_floating(const char* op, const char* argument, const Tensor& t) {
+  if (!is_floating(t.scalar_type()))
+    fail(op, argument, "float32, float16, bfloat16 or float64", show_dtype(t.scalar_type()));
+  // The GPU kernels have no float64 form: gradcheck runs on the CPU.
+  if (t.is_cuda() && t.scalar_type() == ScalarType::Double)
+    fail(op, argument, "float32, float16 or bfloat16 on a CUDA device", "float64");
+}
+
+inline void check_shape(const char* op, const char* argument, const Tensor& t, const char* letters,
+                        const std::vector<int64_t>& shape) {
+  auto sizes = t.sizes();
+  if (sizes.size() != shape.size() || !std::equal(shape.begin(), shape.end(), sizes.begin()))
+    fail(op, argument, std::string(letters) + " = " + show(shape), show_shape(t));
+}
+
+inline std::string show_device(const Tensor& t) {
+  return t.is_cpu() ? "cpu" : (t.is_cuda() ? "cuda:" : "device ") + std::to_string(t.get_device_index());
+}
+
+inline void check_device(const char* op, const char* argument, const Tensor& t, const Tensor& x) {
+  if (t.device() != x.device()) fail(op, argument, "on " + show_device(x), show_device(t));
+}
+
+inline void check_per_token(const char* op, const char* argument, const OptionalTensor& t, int64_t B, int64_t N,
+                            const Tensor& x) {
+  if (!t) return;
+  if (!is_floating(t->scalar_type()))
+    fail(op, argument, "float32, float16, bfloat16 or float64", show_dtype(t->scalar_type()));
+  check_shape(op, argument, *t, "[B, N]", {B, N});
+  check_device(op, argument, *t, x);
+}
+
+inline void check_assign(const char* op, const Tensor& assign, int64_t B, int64_t N, const Tensor& x) {
+  if (assign.scalar_type() != ScalarType::Int)
+    fail(op, "assign", "int32 [B, N] = " + show({B, N}), show_dtype(assign.scalar_type()) + " " + show_shape(assign));
+  check_shape(op, "assign", assign, "int32 [B, N]", {B, N});
+  check_device(op, "assign", assign, x);
+}
+
+inline void check_rank3(const char* op, const char* argument, const Tensor& t, const char* letters) {
+  check_floating(op, argument, t);
+  if (t.dim() != 3) fail(op, argument, letters, show_shape(t));
+}
+
+inline void check_prefix(const char* op, int64_t prefix, int64_t N) {
+  if (prefix < 0 || prefix > N)
+    fail(op, "prefix", "in [0, N] = [0, " + std::to_string(N) + "]", std::to_string(prefix));
+}
+
+// Sums, norms and scores of a tensor of this dtype.
+inline ScalarType wide(ScalarType dtype) {
+  return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// The tensor itself, or one contiguous copy where the innermost stride is not 1.
+inline Tensor inner_contiguous(const Tensor& t) {
+  return t.stride(t.dim() - 1) == 1 || t.size(t.dim() - 1) <= 1 ? t : torch::stable::contiguous(t);
+}
+
+// size, weight: contiguous, in the wide dtype; no copy in the steady state, where they are float32 already.
+inline OptionalTensor per_token(const OptionalTensor& t, ScalarType dtype) {
+  if (!t) return std::nullopt;
+  Tensor values = t->scalar_type() == dtype ? *t : torch::stable::to(*t, dtype);
+  return torch::stable::contiguous(values);
+}
+
+inline Tensor new_int32(const Tensor& like, std::vector<int64_t> shape) {
+  return torch::stable::new_empty(like, shape, ScalarType::Int);
+}
+
+struct MatchArgs {
+  Tensor metric;          // [B, H, N, D] or [B, N, D] with H = 1
+  OptionalTensor weight;  // [B, N]
+  int64_t B, H, N, D, r, p;
+  int64_t s_b, s_h, s_n;
+  double power;
+};
+
+inline void check_metric(const char* op, const Tensor& metric) {
+  check_floating(op, "metric", metric);
+  if (metric.dim() != 3 && metric.dim() != 4) fail(op, "metric", "[B, N, D] or [B, H, N, D]", show_shape(metric));
+  if (metric.dim() == 4 && metric.size(1) == 0) fail(op, "metric", "[B, H, N, D] with H > 0", show_shape(metric));
+}
+
+inline MatchArgs match_args(const char* op, const Tensor& given, int64_t r, int64_t prefix,
+                            const OptionalTensor& weight, double power) {
+  check_metric(op, given);
+  MatchArgs a;
+  const int64_t dims = given.dim();
+  a.B = given.size(0), a.H = dims == 4 ? given.size(1) : 1, a.N = given.size(dims - 2), a.D = given.size(dims - 1);
+  check_prefix(op, prefix, a.N);
+  check_per_token(op, "weight", weight, a.B, a.N, given);
+  a.metric = inner_contiguous(given);
+  a.s_b = a.metric.stride(0), a.s_h = dims == 4 ? a.metric.stride(1) : 0, a.s_n = a.metric.stride(dims - 2);
+  a.p = prefix, a.r = std::max<int64_t>(0, std::min(r, (a.N - prefix) / 2));
+  a.weight = per_token(weight, wide(given.scalar_type()));
+  a.power = power;
+  return a;
+}
+
+struct MergeArgs {
+  Tensor x;                     // [B, N, C]
+  Tensor assign;                // [B, N] contiguous int32
+  OptionalTensor size, weight;  // [B, N] contiguous, wide dtype
+  int64_t B, N, M, C;
+  int64_t s_b, s_n;
+};
+
+enum class Reduce { kMean, kSum, kAmax };
+
+inline Reduce parse_reduce(const std::string& name) {
+  if (name == "mean") return Reduce::kMean;
+  if (name == "sum") return Reduce::kSum;
+  if (name == "amax") return Reduce::kAmax;
+  fail("merge", "reduce", "\"mean\", \"sum\" or \"amax\"", "\"" + name + "\"");
+}
+
+inline MergeArgs merge_args(const char* op, const Tensor& x, const Tensor& assign, int64_t m,
+                            const OptionalTensor& size, const OptionalTensor& weight) {
+  check_rank3(op, "x", x, "[B, N, C]");
+  MergeArgs a;
+  a.B = x.size(0), a.N = x.size(1), a.C = x.size(2), a.M = m;
+  check_assign(op, assign, a.B, a.N, x);
+  if (m < 0) fail(op, "m", "at least 0", std::to_string(m));
+  check_per_token(op, "size", size, a.B, a.N, x);
+  check_per_token(op, "weight", weight, a.B, a.N, x);
+  a.x = inner_contiguous(x);
+  a.s_b = a.x.stride(0), a.s_n = a.x.stride(1);
+  a.assign = torch::stable::contiguous(assign);
+  a.size = per_token(size, wide(x.scalar_type())), a.weight = per_token(weight, wide(x.scalar_type()));
+  return a;
+}
+
+struct UnmergeArgs {
+  Tensor y;       // [B, M, C]
+  Tensor assign;  // [B, N] contiguous int32
+  int64_t B, N, M, C;
+  int64_t s_b, s_n;
+};
+
+inline UnmergeArgs unmerge_args(const Tensor& y, const Tensor& assign) {
+  const char* op = "unmerge";
+  check_rank3(op, "y", y, "[B, M, C]");
+  if (assign.dim() != 2) fail(op, "assign", "int32 [B, N]", show_shape(assign));
+  UnmergeArgs a;
+  a.B = y.size(0), a.M = y.size(1), a.C = y.size(2), a.N = assign.size(1);
+  check_assign(op, assign, a.B, a.N, y);
+  a.y = inner_contiguous(y);
+  a.s_b = a.y.stride(0), a.s_n = a.y.stride(1);
+  a.assign = torch::stable::contiguous(assign);
+  return a;
+}
+
+// match_merge's own checks; match_args and merge_args then find nothing wrong.
+inline void check_match_merge(const Tensor& x, const Tensor& metric, int64_t prefix, const OptionalTensor& size) {
+  const char* op = "match_merge";
+  check_rank3(op, "x", x, "[B, N, C]");
+  check_metric(op, metric);
+  const int64_t B = x.size(0), N = x.size(1), D = metric.size(metric.dim() - 1);
+  if (metric.dim() == 3)
+    check_shape(op, "metric", metric, "[B, N, D]", {B, N, D});
+  else
+    check_shape(op, "metric", metric, "[B, H, N, D]", {B, metric.size(1), N, D});
+  check_device(op, "metric", metric, x);
+  check_prefix(op, prefix, N);
+  check_per_token(op, "size", size, B, N, x);
+}
+
+// TOKRED_DEBUG=1: an assign value that is neither a row nor -1 is an error; otherwise it means dropped.
+inline bool debug() {
+  static const bool on = [] {
+    const char* value = std::getenv("TOKRED_DEBUG");
+    return value && std::string(value) == "1";
+  }();
+  return on;
+}
+
+inline void check_assign_values(const char* op, const int32_t* assign, int64_t count, int64_t m) {
+  for (int64_t i = 0; i < count; ++i)
+    if (assign[i] < -1 || assign[i] >= m)
+      fail(op, "assign", "in [-1, m) = [-1, " + std::to_string(m) + ") under TOKRED_DEBUG=1",
+           std::to_string(assign[i]));
+}
+
+}  // namespace tokred

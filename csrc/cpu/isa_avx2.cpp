@@ -1,0 +1,22 @@
+// The CPU kernels for x86 processors with AVX2, FMA and F16C: 32-byte vectors.
+#include "image.h"
+
+#if defined(__x86_64__)
+#pragma GCC target("avx2,fma,f16c")
+#define TOKRED_AVX2
+
+namespace tokred::avx2 {
+
+constexpr int kVectorBytes = 32;
+#include "simd.h"
+//
+#include "match_image.h"
+#include "merge_image.h"
+
+static bool supported() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+extern const Isa kIsa = {"avx2", supported, match_image, merge_image};
+
+}  // namespace tokred::avx2
+#endif

@@ -1,0 +1,25 @@
+// The CPU kernels for x86 processors with AVX-512 F, BW, DQ and VL: 64-byte vectors.
+#include "image.h"
+
+#if defined(__x86_64__)
+// GCC 12's own _mm512_cvtph_ps reads an undefined pass-through on purpose (PR 105593).
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")
+#define TOKRED_AVX512
+
+namespace tokred::avx512 {
+
+constexpr int kVectorBytes = 64;
+#include "simd.h"
+//
+#include "match_image.h"
+#include "merge_image.h"
+
+static bool supported() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+extern const Isa kIsa = {"avx512", supported, match_image, merge_image};
+
+}  // namespace tokred::avx512
+#endif

@@ -1,0 +1,14 @@
+// The CPU kernels for any processor: 16-byte vectors, SSE2 or NEON or whatever the compiler makes of them.
+#include "image.h"
+
+namespace tokred::portable {
+
+constexpr int kVectorBytes = 16;
+#include "simd.h"
+//
+#include "match_image.h"
+#include "merge_image.h"
+
+extern const Isa kIsa = {"portable", [] { return true; }, match_image, merge_image};
+
+}  // namespace tokred::portable

@@ -1,0 +1,186 @@
+// match, one image: s_ij = <a_i, b_j> of head-mean unit rows; edge_i = first-index max over j; the r best edges merge.
+//
+// 1. unit rows: a row-major, b in panels of kCols columns ([panel][D][kCols]), both padded with 0 in D, b with NaN
+// columns
+//    (a NaN score never wins, so the inner loop needs no mask).
+// 2. tiles of kRows x kCols: D fused multiply-adds each in d order, so equal rows score bitwise equal wherever they
+// sit;
+//    a running (max, argmax) per lane stays in registers, the N x N scores never exist.
+// 3. rank_i = #{j: s_j > s_i, or equal and j < i}: membership in the r best, stable, without a sort.
+//
+// Floor at N = 197, H = 6, D = 64, float32: 2 * 98 * 98 * 64 = 1.2 MFLOP, 303 KB of keys read once; scratch N * D * 4
+// bytes a thread, in L2.
+
+#if defined(TOKRED_AVX512)
+constexpr int kRows = 8;
+#elif defined(TOKRED_AVX2)
+constexpr int kRows = 6;
+#else
+constexpr int kRows = 4;
+#endif
+template <class T>
+constexpr int kCols = 2 * kLanes<T>;
+
+// unit [round_up(D, lanes)]: the mean over heads in head order, times 1 / max(norm, 1e-6).
+template <class E>
+void unit_row(const E* head0, int64_t H, int64_t D, int64_t s_h, Wide<E>* unit) {
+  using T = Wide<E>;
+  constexpr int W = kLanes<T>;
+  const Vec<T> share = splat(T(1) / T(H));
+  Vec<T> squares = {};
+  for (int64_t d = 0; d < D; d += W) {
+    const int64_t n = D - d;
+    Vec<T> sum = n >= W ? load(head0 + d) : load_first(head0 + d, n);
+    for (int64_t h = 1; h < H; ++h) sum += n >= W ? load(head0 + h * s_h + d) : load_first(head0 + h * s_h + d, n);
+    if (H > 1) sum *= share;
+    squares += sum * sum;
+    store(unit + d, sum);
+  }
+  const T norm = __builtin_sqrt(sum_lanes<T>(squares));
+  const Vec<T> scale = splat(T(1) / (norm < T(1e-6) ? T(1e-6) : norm));
+  for (int64_t d = 0; d < D; d += W) store(unit + d, load(unit + d) * scale);
+}
+
+// from [kCols][Dp] row-major -> panel [Dp][kCols].
+template <class T>
+void pack_panel(const T* from, int64_t Dp, T* panel) {
+  for (int64_t d = 0; d < Dp; ++d)
+    for (int c = 0; c < kCols<T>; ++c) panel[d * kCols<T> + c] = from[c * Dp + d];
+}
+
+template <class T>
+struct Edges {
+  const T *a, *b;                // unit rows [na padded to kRows][Dp], panels [nb / kCols][Dp][kCols]
+  const T *weight_a, *weight_b;  // [na padded], [nb padded], or null
+  T* best;                       // [na]
+  int32_t* dst;                  // [na]
+  int64_t na, nb, Dp;
+  double power;
+};
+
+// (max((s + 1) / 2, 0)^power * weight_i) * weight_j
+template <class T>
+Vec<T> weighted(Vec<T> score, double power, T weight_i, Vec<T> weight_j) {
+  Vec<T> base = (score + 1) * T(0.5);
+  base = base < 0 ? Vec<T>{} : base;
+  if (power != 1)
+    for (int l = 0; l < kLanes<T>; ++l) base[l] = pow(base[l], T(power));
+  return base * weight_i * weight_j;
+}
+
+// The best partner of rows i .. i + kRows.
+template <class T>
+void best_edges(const Edges<T>& e, int64_t i) {
+  constexpr int W = kLanes<T>;
+  Vec<T> top[kRows];
+  Index<T> at[kRows], lane;
+  for (int l = 0; l < W; ++l) lane[l] = l;
+  for (int t = 0; t < kRows; ++t) top[t] = splat(T(-__builtin_inf())), at[t] = Index<T>{};
+  const T* a = e.a + i * e.Dp;
+  for (int64_t j = 0; j < e.nb; j += kCols<T>) {
+    const T* b = e.b + j * e.Dp;
+    Vec<T> score[kRows][2] = {};
+    for (int64_t d = 0; d < e.Dp; ++d) {
+      const Vec<T> b0 = load(b + d * kCols<T>), b1 = load(b + d * kCols<T> + W);
+#pragma GCC unroll 8
+      for (int t = 0; t < kRows; ++t) {
+        const Vec<T> at_d = splat(a[t * e.Dp + d]);
+        score[t][0] += at_d * b0;
+        score[t][1] += at_d * b1;
+      }
+    }
+#pragma GCC unroll 8
+    for (int t = 0; t < kRows; ++t)
+#pragma GCC unroll 2
+      for (int u = 0; u < 2; ++u) {
+        Vec<T> s = score[t][u];
+        if (e.weight_a) s = weighted<T>(s, e.power, e.weight_a[i + t], load(e.weight_b + j + u * W));
+        const Index<T> better = s > top[t];
+        top[t] = better ? s : top[t];
+        at[t] = better ? lane + typename Vector<T>::integer(j + u * W) : at[t];
+      }
+  }
+  for (int t = 0; t < kRows && i + t < e.na; ++t) {
+    T score = top[t][0];
+    int64_t column = at[t][0];
+    for (int l = 1; l < W; ++l)
+      if (top[t][l] > score || (top[t][l] == score && at[t][l] < column)) score = top[t][l], column = at[t][l];
+    e.best[i + t] = score;
+    e.dst[i + t] = int32_t(column);
+  }
+}
+
+// #{j: s_j > s_i, or equal and j < i}; s [n padded to the lanes with NaN], which never counts.
+template <class T>
+int64_t rank_of(const T* s, int64_t n, int64_t i) {
+  constexpr int W = kLanes<T>;
+  const Vec<T> mine = splat(s[i]);
+  const int64_t own = i / W * W;
+  Index<T> count = {};
+  for (int64_t j = 0; j < own; j += W) count -= load(s + j) >= mine;
+  for (int64_t j = own + W; j < n; j += W) count -= load(s + j) > mine;
+  int64_t rank = 0;
+  for (int64_t j = own; j < own + W; ++j) rank += j < i ? s[j] >= s[i] : s[j] > s[i];
+  for (int l = 0; l < W; ++l) rank += count[l];
+  return rank;
+}
+
+template <class E>
+void match_image_of(const MatchImage& m) {
+  using T = Wide<E>;
+  constexpr int W = kLanes<T>;
+  if (m.r == 0) {
+    for (int64_t n = 0; n < m.N; ++n) m.assign[n] = int32_t(n);
+    return;
+  }
+  const int64_t a0 = m.p + m.p % 2, b0 = m.p + 1 - m.p % 2;
+  const int64_t na = (m.N - a0 + 1) / 2, nb = (m.N - b0 + 1) / 2;
+  const int64_t Dp = round_up(m.D, W), na_pad = round_up(na, W), nb_pad = round_up(nb, kCols<T>);
+  const int64_t a_rows = round_up(na, kRows), weights = m.weight ? a_rows + nb_pad : 0;
+  Scratch scratch(Scratch::bytes<T>(a_rows * Dp) + Scratch::bytes<T>(nb_pad * Dp) + Scratch::bytes<T>(kCols<T> * Dp) +
+                  Scratch::bytes<T>(na_pad) + Scratch::bytes<int32_t>(na) + Scratch::bytes<T>(weights));
+  T* a = scratch.take<T>(a_rows * Dp);
+  T* b = scratch.take<T>(nb_pad * Dp);
+  T* rows = scratch.take<T>(kCols<T> * Dp);
+  T* best = scratch.take<T>(na_pad);
+  int32_t* dst = scratch.take<int32_t>(na);
+  T* weight_a = scratch.take<T>(weights);
+  T* weight_b = weight_a + a_rows;
+
+  const E* metric = static_cast<const E*>(m.metric);
+  for (int64_t i = 0; i < na; ++i) unit_row(metric + (a0 + 2 * i) * m.s_n, m.H, m.D, m.s_h, a + i * Dp);
+  for (int64_t k = na * Dp; k < a_rows * Dp; ++k) a[k] = 0;
+  for (int64_t j = 0; j < nb_pad; j += kCols<T>) {
+    for (int64_t c = 0; c < kCols<T>; ++c) {
+      if (j + c < nb)
+        unit_row(metric + (b0 + 2 * (j + c)) * m.s_n, m.H, m.D, m.s_h, rows + c * Dp);
+      else
+        for (int64_t d = 0; d < Dp; ++d) rows[c * Dp + d] = T(__builtin_nan(""));
+    }
+    pack_panel(rows, Dp, b + j * Dp);
+  }
+  if (m.weight) {
+    const T* weight = static_cast<const T*>(m.weight);
+    for (int64_t i = 0; i < a_rows; ++i) weight_a[i] = i < na ? weight[a0 + 2 * i] : 0;
+    for (int64_t j = 0; j < nb_pad; ++j) weight_b[j] = j < nb ? weight[b0 + 2 * j] : T(__builtin_nan(""));
+  }
+
+  const Edges<T> edges = {a, b, m.weight ? weight_a : nullptr, weight_b, best, dst, na, nb, Dp, m.power};
+  for (int64_t i = 0; i < na; i += kRows) best_edges(edges, i);
+  for (int64_t i = na; i < na_pad; ++i) best[i] = T(__builtin_nan(""));
+
+  int32_t kept = int32_t(m.p);
+  const int32_t first_b = int32_t(m.p + na - m.r);
+  for (int64_t n = 0; n < m.p; ++n) m.assign[n] = int32_t(n);
+  for (int64_t i = 0; i < na; ++i) m.assign[a0 + 2 * i] = rank_of(best, na_pad, i) < m.r ? first_b + dst[i] : kept++;
+  for (int64_t j = 0; j < nb; ++j) m.assign[b0 + 2 * j] = first_b + int32_t(j);
+}
+
+void match_image(const MatchImage& m) {
+  switch (m.dtype) {
+    case Dtype::kFloat: return match_image_of<float>(m);
+    case Dtype::kHalf: return match_image_of<half_t>(m);
+    case Dtype::kBFloat16: return match_image_of<bfloat16_t>(m);
+    case Dtype::kDouble: return match_image_of<double>(m);
+  }
+}

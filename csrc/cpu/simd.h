@@ -1,0 +1,148 @@
+// Vectors of one instruction set: GCC vector types of kVectorBytes, and loads and stores that convert to and from the
+// wide type (float; double for double). Included by isa_<name>.cpp inside its own namespace and target options, so it
+// uses no std:: template: one instantiated here could be linked into code for lesser processors.
+
+struct half_t {
+  uint16_t bits;
+};
+struct bfloat16_t {
+  uint16_t bits;
+};
+
+template <class E>
+struct WideOf {
+  using type = float;
+};
+template <>
+struct WideOf<double> {
+  using type = double;
+};
+template <class E>
+using Wide = typename WideOf<E>::type;
+
+template <class T>
+struct Vector;
+template <>
+struct Vector<float> {
+  using integer = int32_t;
+  typedef float type __attribute__((vector_size(kVectorBytes)));
+  typedef int32_t index __attribute__((vector_size(kVectorBytes)));
+};
+template <>
+struct Vector<double> {
+  using integer = int64_t;
+  typedef double type __attribute__((vector_size(kVectorBytes)));
+  typedef int64_t index __attribute__((vector_size(kVectorBytes)));
+};
+template <class T>
+using Vec = typename Vector<T>::type;
+template <class T>
+using Index = typename Vector<T>::index;
+template <class T>
+constexpr int kLanes = kVectorBytes / sizeof(T);
+
+typedef uint16_t u16x __attribute__((vector_size(kVectorBytes / 2)));
+typedef uint32_t u32x __attribute__((vector_size(kVectorBytes)));
+
+template <class T>
+inline Vec<T> splat(T value) {
+  return Vec<T>{} + value;
+}
+
+inline Vec<float> load(const float* p) {
+  Vec<float> v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+inline Vec<double> load(const double* p) {
+  Vec<double> v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+inline Vec<float> load(const bfloat16_t* p) {
+  u16x half;
+  __builtin_memcpy(&half, p, sizeof half);
+  return (Vec<float>)(__builtin_convertvector(half, u32x) << 16);
+}
+inline Vec<float> load(const half_t* p) {
+  Vec<float> v;
+#if defined(TOKRED_AVX512)
+  v = (Vec<float>)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(TOKRED_AVX2)
+  v = (Vec<float>)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#else
+  for (int i = 0; i < kLanes<float>; ++i) v[i] = half_to_float(p[i].bits);
+#endif
+  return v;
+}
+
+inline void store(float* p, Vec<float> v) { __builtin_memcpy(p, &v, sizeof v); }
+inline void store(double* p, Vec<double> v) { __builtin_memcpy(p, &v, sizeof v); }
+inline void store(bfloat16_t* p, Vec<float> v) {
+  const u32x bits = (u32x)v;
+  const u32x nearest_even = (bits + 0x7fffu + (bits >> 16 & 1)) >> 16;
+  const u32x is_nan = (u32x)(v != v);
+  const u16x half = __builtin_convertvector((is_nan & 0x7fc0u) | (~is_nan & nearest_even), u16x);
+  __builtin_memcpy(p, &half, sizeof half);
+}
+inline void store(half_t* p, Vec<float> v) {
+#if defined(TOKRED_AVX512)
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif defined(TOKRED_AVX2)
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#else
+  for (int i = 0; i < kLanes<float>; ++i) p[i].bits = float_to_half(v[i]);
+#endif
+}
+
+// The first n lanes; the others are 0.
+template <class E>
+inline Vec<Wide<E>> load_first(const E* p, int64_t n) {
+  E lanes[kLanes<Wide<E>>] = {};
+  __builtin_memcpy(lanes, p, n * sizeof(E));
+  return load(lanes);
+}
+template <class E>
+inline void store_first(E* p, Vec<Wide<E>> v, int64_t n) {
+  E lanes[kLanes<Wide<E>>];
+  store(lanes, v);
+  __builtin_memcpy(p, lanes, n * sizeof(E));
+}
+
+// Lanes added in lane order, halves first: the same order for every row.
+template <class T>
+inline T sum_lanes(Vec<T> v) {
+  T lanes[kLanes<T>];
+  store(lanes, v);
+  for (int half = kLanes<T> / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  return lanes[0];
+}
+
+constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// One allocation for all scratch arrays of an image; each begins on a vector boundary.
+class Scratch {
+ public:
+  explicit Scratch(int64_t bytes) : memory_(aligned_alloc(64, round_up(bytes + 1, 64))) {
+    if (!memory_) throw_out_of_memory(bytes);
+    next_ = static_cast<char*>(memory_);
+  }
+  ~Scratch() { free(memory_); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  template <class T>
+  static int64_t bytes(int64_t count) {
+    return round_up(count * int64_t(sizeof(T)), 64);
+  }
+  template <class T>
+  T* take(int64_t count) {
+    T* array = reinterpret_cast<T*>(next_);
+    next_ += bytes<T>(count);
+    return array;
+  }
+
+ private:
+  void* memory_;
+  char* next_;
+};

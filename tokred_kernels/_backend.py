@@ -1,0 +1,139 @@
+"""Which kernel runs where: loading, choosing, reporting. The dispatcher is the registry; nothing here is on the hot path.
+
+CompositeExplicitAutograd   reference.py, any device
+CPU                         csrc/cpu
+CUDA                        csrc/cuda (_cuda) where it was built, else tokred_kernels/triton
+"""
+
+import contextlib
+import importlib
+import os
+import warnings
+from collections.abc import Callable, Iterator
+
+import torch
+from torch.library import Library
+
+from . import reference
+
+OPS = ("match", "merge", "unmerge", "match_merge")
+BACKENDS = ("reference", "cpu", "cuda", "triton")
+
+try:
+    from . import _C  # noqa: F401  schema and CPU kernels
+except ImportError as error:
+    raise ImportError(
+        "tokred_kernels was not built (no loadable tokred_kernels/_C): run `pip install .` or `pip install -e .` in the "
+        f"source folder, with a C++ compiler and torch >= 2.10 ({error})"
+    ) from error
+
+
+def _load_cuda() -> str | None:
+    """Loads _cuda; returns why it is not there, or None."""
+    if importlib.util.find_spec("tokred_kernels._cuda") is None:
+        return "the package was built without nvcc"
+    if torch.version.cuda is None:
+        return "this torch was built without CUDA"  # libtorch_cuda is absent, so _cuda cannot load
+    try:
+        importlib.import_module("tokred_kernels._cuda")
+    except ImportError as error:
+        raise ImportError(
+            f"tokred_kernels/_cuda does not load: {error}. It was built for torch >= 2.10 with CUDA "
+            f"(this is torch {torch.__version__}); rebuild with `pip install .`, or without it by TOKRED_BUILD=cpu"
+        ) from error
+    return None
+
+
+_cuda_missing = _load_cuda()
+
+
+def _triton(op: str) -> Callable:
+    """The Triton launcher of an op, imported at its first call: importing Triton takes longer than importing us."""
+
+    def launch(*args, **kwargs):
+        module = importlib.import_module(f"tokred_kernels.triton.{op}")
+        return getattr(module, f"{op}_triton")(*args, **kwargs)
+
+    return launch
+
+
+_library = Library("tokred", "IMPL")
+for _op in OPS:
+    _library.impl(_op, getattr(reference, _op), "CompositeExplicitAutograd")
+    if _cuda_missing:
+        _library.impl(_op, _triton(_op), "CUDA")
+_selected: list[str] = []  # the use_backend contexts now open, innermost last
+
+
+@contextlib.contextmanager
+def use_backend(name: str, *, isa: str = "") -> Iterator[None]:
+    """Runs every op on one backend, process-wide, inside a `with`: for tests and benchmarks.
+
+    Args:
+        name: "reference" (CPU and CUDA tensors), "cpu" (the C++ kernels, CPU tensors), "cuda" (the C++ kernels, CUDA
+            tensors), "triton" (CUDA tensors; CPU tensors too under TRITON_INTERPRET=1).
+        isa: with "cpu", the instruction set: "avx512", "avx2" or "portable"; default: the best of this machine.
+
+    Raises:
+        ValueError: an unknown name. RuntimeError: the backend or instruction set is not there, with the reason.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"use_backend: name must be one of {', '.join(BACKENDS)}, got {name!r}")
+    if isa and name != "cpu":
+        raise ValueError(f"use_backend: isa is for the backend cpu, got isa={isa!r} with {name!r}")
+    if name == "cuda" and _cuda_missing:
+        raise RuntimeError(f"use_backend: no CUDA C++ kernels: {_cuda_missing}")
+    before = torch.ops.tokred.cpu_isa()
+    if isa:
+        torch.ops.tokred.cpu_isa(isa)
+    override = Library("tokred", "IMPL")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # overriding the registered kernel is the purpose
+        for op in OPS:
+            for key, kernel in _kernels(name, op):
+                override.impl(op, kernel, key, allow_override=True)
+    _selected.append(name)
+    try:
+        yield
+    finally:
+        _selected.remove(name)
+        override._destroy()
+        torch.ops.tokred.cpu_isa(before)
+
+
+def _kernels(name: str, op: str) -> list[tuple[str, Callable]]:
+    """The (dispatch key, kernel) pairs that put a backend in charge of an op."""
+    if name == "reference":
+        return [("CPU", getattr(reference, op)), ("CUDA", getattr(reference, op))]
+    if name == "triton":
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+        return [(key, _triton(op)) for key in (("CPU", "CUDA") if interpreted else ("CUDA",))]
+    return []  # the C++ kernels are registered already
+
+
+def info() -> dict[str, dict[str, str]]:
+    """What runs for each op on each device, and why the others do not.
+
+    Returns:
+        {op: {"cpu": ..., "cuda": ...}} plus "reasons": {backend: why it does not run here}.
+    """
+    selected = _selected[-1] if _selected else None
+    cpu = "reference" if selected == "reference" else f"cpu ({torch.ops.tokred.cpu_isa()})"
+    if selected in ("reference", "triton"):
+        cuda = selected
+    else:
+        cuda = "triton" if _cuda_missing else "cuda"
+    reasons = {}
+    if _cuda_missing:
+        reasons["cuda"] = _cuda_missing
+    if importlib.util.find_spec("triton") is None:
+        reasons["triton"] = "triton is not installed"
+    if not torch.cuda.is_available():
+        reasons["gpu"] = "torch sees no CUDA device"
+    return {**{op: {"cpu": cpu, "cuda": cuda} for op in OPS}, "reasons": reasons}
+
+
+_chosen = os.environ.get("TOKRED_BACKEND")
+if _chosen:
+    _permanent = use_backend(_chosen)
+    _permanent.__enter__()

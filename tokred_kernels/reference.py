@@ -1,0 +1,137 @@
+"""The specification of every op in plain PyTorch: any device, any strides, float32 inside (float64 for float64 inputs).
+
+It is the dispatcher's fallback on devices without a kernel, the oracle's first witness in the tests and a baseline in
+the benchmarks. It is never edited to fit a kernel.
+"""
+
+import torch
+from torch import Tensor
+
+from . import _check
+
+_NORM_FLOOR = 1e-6
+
+
+def _wide(x: Tensor) -> Tensor:
+    """x in the dtype in which scores, norms and sums are formed."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def match_scores(metric: Tensor, prefix: int, weight: Tensor | None = None, power: float = 1.0) -> Tensor:
+    """Edge scores [B, Na, Nb] between the even (a) and the odd (b) positions after the prefix; NaN becomes -inf."""
+    if metric.dim() == 4:
+        heads = metric.shape[1]
+        mean = _wide(metric[:, 0])
+        for h in range(1, heads):  # in head order: torch.mean does not fix the order of its sum
+            mean = mean + _wide(metric[:, h])
+        mean = mean / heads
+    else:
+        mean = _wide(metric)
+    unit = mean * mean.square().sum(-1, keepdim=True).sqrt().clamp(min=_NORM_FLOOR).reciprocal()
+    first_a, first_b = prefix + prefix % 2, prefix + 1 - prefix % 2
+    a, b = unit[:, first_a::2], unit[:, first_b::2]
+    # A float32 GEMM rounds equal rows differently at its tile edges; in float64, rounded once, equal rows tie exactly.
+    score = (a.double() @ b.double().transpose(1, 2)).to(unit.dtype)
+    if weight is not None:
+        w = weight.to(unit.dtype)
+        score = ((score + 1) / 2).clamp(min=0).pow(power) * w[:, first_a::2, None] * w[:, None, first_b::2]
+    return score.masked_fill(score.isnan(), -torch.inf)
+
+
+def match(
+    metric: Tensor,
+    r: int,
+    prefix: int = 1,
+    weight: Tensor | None = None,
+    *,
+    power: float = 1.0,
+    two_way: bool = False,
+) -> Tensor:
+    _check.match(metric, r, prefix, weight, power, two_way)
+    B, N = metric.shape[0], metric.shape[-2]
+    r = _check.clamp_r(r, N, prefix)
+    assign = torch.arange(N, device=metric.device, dtype=torch.int32).repeat(B, 1)
+    if r == 0:
+        return assign
+    score = match_scores(metric, prefix, weight, power)
+    first_a, first_b = prefix + prefix % 2, prefix + 1 - prefix % 2
+    Na, Nb = score.shape[1:]
+    best = score.amax(2)
+    # Lowest column of the best score: max's own index is unspecified under ties.
+    dst = (score == best[..., None]).to(torch.uint8).argmax(2)
+    order = best.sort(dim=1, descending=True, stable=True).indices
+    gone = torch.zeros_like(best, dtype=torch.bool).scatter(1, order[:, :r], True)
+    kept_row = prefix + (~gone).cumsum(1) - 1
+    first_b_row = prefix + Na - r
+    assign[:, first_a::2] = torch.where(gone, first_b_row + dst, kept_row).int()
+    assign[:, first_b::2] = first_b_row + torch.arange(Nb, device=metric.device, dtype=torch.int32)
+    return assign
+
+
+def merge(
+    x: Tensor,
+    assign: Tensor,
+    m: int,
+    size: Tensor | None = None,
+    weight: Tensor | None = None,
+    *,
+    reduce: str = "mean",
+) -> tuple[Tensor, Tensor]:
+    _check.merge(x, assign, m, size, weight, reduce)
+    B, N, C = x.shape
+    wide = _wide(x)
+    row = assign.long()
+    row = torch.where((row < 0) | (row >= m), m, row)  # dropped tokens collect in row m, cut off at the end
+    flat_row = (row + (m + 1) * torch.arange(B, device=x.device)[:, None]).flatten()
+
+    def add_up(value: Tensor) -> Tensor:
+        """[B, N, c] summed by row, [B, m, c]; members in index order."""
+        total = value.new_zeros(B * (m + 1), value.shape[2])
+        value = value.flatten(0, 1)
+        if x.is_cuda:  # scatter_add uses atomics there; this sorts
+            total.index_put_((flat_row,), value, accumulate=True)
+        else:
+            total.scatter_add_(0, flat_row[:, None].expand_as(value), value)
+        return total.unflatten(0, (B, m + 1))[:, :m]
+
+    ones = wide.new_ones(B, N, 1)
+    size_wide = ones if size is None else size.to(wide.dtype)[..., None]
+    size_out = add_up(size_wide).squeeze(2)
+    count = add_up(ones)
+
+    if reduce == "amax":
+        out = wide.new_full((B, m + 1, C), -torch.inf)
+        out = out.scatter_reduce(1, row[..., None].expand(-1, -1, C), wide, "amax")[:, :m]
+        return out.masked_fill(count == 0, 0).to(x.dtype), size_out
+
+    w = ones if reduce == "sum" else size_wide
+    w = w if weight is None else weight.to(wide.dtype)[..., None]
+    out = add_up(w * wide)
+    if reduce == "mean":
+        total = add_up(w)
+        out = torch.where(total == 0, add_up(wide) / count.clamp(min=1), out / total)
+        # A single member is copied: w * x / w would round.
+        index = torch.arange(N, device=x.device).expand(B, -1)
+        only = row.new_zeros(B, m + 1).scatter_(1, row, index)[:, :m, None]
+        if N > 0:
+            out = torch.where(count == 1, wide.gather(1, only.expand(-1, -1, C)), out)
+    return out.to(x.dtype), size_out
+
+
+def unmerge(y: Tensor, assign: Tensor) -> Tensor:
+    _check.unmerge(y, assign)
+    M, C = y.shape[1:]
+    row = assign.long()
+    kept = ((row >= 0) & (row < M))[..., None]
+    padded = torch.cat([y, y.new_zeros(y.shape[0], 1, C)], 1)
+    return padded.gather(1, torch.where(kept, row[..., None], M).expand(-1, -1, C))
+
+
+def match_merge(
+    x: Tensor, metric: Tensor, r: int, prefix: int = 1, size: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check.match_merge(x, metric, r, prefix, size)
+    N = x.shape[1]
+    assign = match(metric, r, prefix)
+    out, size_out = merge(x, assign, N - _check.clamp_r(r, N, prefix), size)
+    return out, size_out, assign

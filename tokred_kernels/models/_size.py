@@ -1,0 +1,14 @@
+"""What token sizes mean outside the ops: a bias on attention logits, a weight in a mean."""
+
+from torch import Tensor
+
+
+def key_mask(size: Tensor, dtype) -> Tensor:
+    """log size as a mask [B, 1, 1, N] that attention broadcasts over heads and queries."""
+    return size.log().to(dtype).view(size.shape[0], 1, 1, size.shape[1])
+
+
+def weighted_mean(x: Tensor, size: Tensor) -> Tensor:
+    """The mean over tokens of x [B, N, C], each counted size [B, N] times, in at least float32."""
+    weight = size / size.sum(1, keepdim=True)
+    return (x * weight[..., None]).sum(1).to(x.dtype)

@@ -1,0 +1,256 @@
+"""Token reduction in timm's VisionTransformer: apply() and remove().
+
+The model and its blocks become the subclasses below, so hooks, state_dict, deepcopy, pickle and compilation see an
+ordinary module. Sizes travel from block to block as values; nothing of a forward stays on the model.
+"""
+
+import torch.nn.functional as F
+from timm.layers import AttentionPoolLatent
+from timm.models import checkpoint
+from timm.models._features import feature_take_indices
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+from .. import methods
+from ..ops import unmerge
+from ..trace import compose
+from ._refuse import check_model
+from ._size import key_mask, weighted_mean
+
+
+def apply(model: nn.Module, method: str, **options) -> nn.Module:
+    """Makes a timm model reduce its tokens, in place.
+
+        tokred.apply(model, "tome", r=13)
+
+    The model computes what the method says and nothing else changes: weights, state_dict, training, gradient
+    checkpointing, compilation and export work as before. With r = 0 throughout, every block runs timm's own forward
+    and the results are bit for bit those of the unpatched model. Class, distillation and register tokens are never
+    touched.
+
+    forward_features returns the reduced tokens. forward_intermediates and get_intermediate_layers give every token
+    the value of the row it was merged into (0 if dropped), on the full grid. Heads: average pooling weighs tokens by
+    size, attention pooling adds log size to its logits, max pooling is unchanged. attn_mask and is_causal are refused.
+    In a reducing block the attention module's parts are called, but not its own forward, nor its forward hooks.
+
+    Args:
+        model: timm's VisionTransformer or VisionTransformerDistilled with plain blocks; not yet compiled or wrapped.
+        method: "tome".
+        options: of the method; see `tokred_kernels.methods.tome.ToMe`.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: an unknown method or option, a model that is patched already, or a part of it that is not
+            understood. Nothing was changed.
+    """
+    chosen = methods.create(method, options)
+    check_model(model)
+    model.tokred_method = chosen
+    model.tokred_schedule = chosen.schedule(len(model.blocks))  # may be longer than the blocks, also after pruning
+    for block in model.blocks:
+        block.tokred_method = chosen
+        block.tokred_prefix = model.num_prefix_tokens
+        block.__class__ = ReducedBlock
+    model.__class__ = _REDUCED[type(model)]
+    return model
+
+
+def remove(model: nn.Module) -> nn.Module:
+    """Undoes `apply`, in place; an unpatched model is left as it is.
+
+    Raises:
+        ValueError: the patched model was wrapped or compiled since. Nothing was changed.
+    """
+    if not any(isinstance(m, _Reduced | ReducedBlock) for m in model.modules()):
+        return model
+    dense = {reduced: dense for dense, reduced in _REDUCED.items()}
+    if type(model) not in dense or any(type(block) is not ReducedBlock for block in model.blocks):
+        raise ValueError(f"remove: {type(model).__name__} holds a patched model; unwrap and uncompile it first")
+    for block in model.blocks:
+        del block.tokred_method, block.tokred_prefix
+        block.__class__ = Block
+    del model.tokred_method, model.tokred_schedule
+    model.__class__ = dense[type(model)]
+    return model
+
+
+class ReducedBlock(Block):
+    """timm's Block with a method's step in it: `x, size = block(x, size, r)`."""
+
+    def forward(
+        self, x: Tensor, size: Tensor | None = None, r: int = 0, with_assign: bool = False
+    ) -> tuple[Tensor, Tensor | None] | tuple[Tensor, Tensor | None, Tensor | None]:
+        """x [B, N, C], size [B, N] to [B, M, C], [B, M]; with_assign: and assign [B, N], None if not reduced."""
+        if size is None and r == 0:
+            x, assign = super().forward(x), None
+        else:
+            x, size, assign = self.tokred_method.step(self, x, size, r)
+        return (x, size, assign) if with_assign else (x, size)
+
+    def attend(self, x: Tensor, size: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The attention branch [B, N, C], each key counted size times, and the keys [B, H, N, D]."""
+        attn = self.attn
+        B, N, _ = x.shape
+        qkv = attn.qkv(self.norm1(x)).reshape(B, N, 3, attn.num_heads, attn.head_dim)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        q, k = attn.q_norm(q), attn.k_norm(k)
+        y = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=None if size is None else key_mask(size, q.dtype),
+            dropout_p=attn.attn_drop.p if self.training else 0.0,
+        )
+        y = attn.norm(y.transpose(1, 2).reshape(B, N, attn.attn_dim))
+        return self.drop_path1(self.ls1(attn.proj_drop(attn.proj(y)))), k
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        """The MLP branch [B, N, C]."""
+        return self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
+
+class _Reduced:
+    """The forward of a patched model, in front of timm's class."""
+
+    tokred_method: methods.Method
+    tokred_schedule: tuple[int, ...]
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        x, size = self._reduce(x, attn_mask, is_causal)
+        return self.forward_head(x, size=size)
+
+    def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        return self._reduce(x, attn_mask, is_causal)[0]
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False, size: Tensor | None = None) -> Tensor:
+        x = self.head_drop(self.fc_norm(self.pool(x, size=size)))
+        return x if pre_logits else self.head(x)
+
+    def pool(self, x: Tensor, pool_type: str | None = None, size: Tensor | None = None) -> Tensor:
+        """timm's pooling of x [B, N, C], each token counted size [B, N] times."""
+        pool = self.attn_pool
+        kind = (self.global_pool if pool_type is None else pool_type) if pool is None else "attention"
+        if kind not in ("avg", "avgmax", "attention"):
+            return super().pool(x, pool_type)
+        if size is None:
+            if any(self.tokred_schedule[: len(self.blocks)]) and not self._is_full(x):
+                raise ValueError(
+                    f"forward_head: {kind} pooling must weigh reduced tokens by their size, which forward_features "
+                    "does not return; call the model, or pass size="
+                )
+            return super().pool(x, pool_type)
+        if not self.pool_include_prefix:
+            x, size = x[:, self.num_prefix_tokens :], size[:, self.num_prefix_tokens :]
+        if kind == "avg":
+            return weighted_mean(x, size)
+        if kind == "avgmax":
+            return 0.5 * (x.amax(1) + weighted_mean(x, size))
+        if isinstance(pool, AttentionPoolLatent):
+            return pool(x, attn_mask=key_mask(size, x.dtype))
+        return _refine(pool, x, size)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+        output_dict: bool = False,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ):
+        """timm's, with every token of the full grid, in the final features too: forward_head accepts those."""
+        _refuse_mask(attn_mask, is_causal)
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(f"forward_intermediates: output_fmt must be NCHW or NLC, got {output_fmt!r}")
+        taken, last = feature_take_indices(len(self.blocks), indices)
+        image = x.shape[-2:]
+        x, size, source = self._embed(x), None, None
+        grids = []
+        for index, (block, r) in enumerate(zip(self.blocks, self.tokred_schedule, strict=False)):
+            if stop_early and index > last:
+                break
+            x, size, assign = self._run(block, x, size, r, True)
+            source = compose(source, assign)
+            if index in taken:
+                grids.append(_full_grid(self.norm(x) if norm else x, source))
+
+        prefix = [y[:, : self.num_prefix_tokens] for y in grids]
+        grids = [y[:, self.num_prefix_tokens :] for y in grids]
+        if output_fmt == "NCHW":
+            H, W = self.patch_embed.dynamic_feat_size(image)
+            grids = [y.reshape(y.shape[0], H, W, -1).permute(0, 3, 1, 2).contiguous() for y in grids]
+        return_prefix_tokens = return_prefix_tokens and self.num_prefix_tokens > 0
+
+        if output_dict:
+            result = {"image_intermediates": grids}
+            if return_prefix_tokens:
+                result["image_intermediates_prefix"] = prefix
+            if not intermediates_only:
+                result["image_features"] = _full_grid(self.norm(x), source)
+            return result
+        if return_prefix_tokens:
+            grids = list(zip(grids, prefix, strict=True))
+        return grids if intermediates_only else (_full_grid(self.norm(x), source), grids)
+
+    def _embed(self, x: Tensor) -> Tensor:
+        return self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
+
+    def _run(self, block: nn.Module, *args):
+        if not self.grad_checkpointing:
+            return block(*args)
+        x, size, *assign = checkpoint(block, *args)
+        # Reentrant checkpointing makes every floating output ask for a gradient.
+        return x, None if size is None else size.detach(), *assign
+
+    def _reduce(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> tuple[Tensor, Tensor | None]:
+        """Images to normalised tokens [B, M, C] and their sizes [B, M], None if nothing merges."""
+        _refuse_mask(attn_mask, is_causal)
+        x, size = self._embed(x), None
+        for block, r in zip(self.blocks, self.tokred_schedule, strict=False):
+            x, size = self._run(block, x, size, r)
+        return self.norm(x), size
+
+    def _is_full(self, x: Tensor) -> bool:
+        """Whether x is certain to hold every token: only where images have one size is the full count known."""
+        full = self.patch_embed.num_patches + self.num_prefix_tokens
+        return not self.dynamic_img_size and self.pos_embed is not None and x.shape[1] == full
+
+
+class ReducedVisionTransformer(_Reduced, VisionTransformer):
+    pass
+
+
+class ReducedVisionTransformerDistilled(_Reduced, VisionTransformerDistilled):
+    def forward_head(self, x: Tensor, pre_logits: bool = False, size: Tensor | None = None) -> Tensor:
+        return VisionTransformerDistilled.forward_head(self, x, pre_logits)  # reads the two prefix tokens only
+
+
+_REDUCED = {
+    VisionTransformer: ReducedVisionTransformer,
+    VisionTransformerDistilled: ReducedVisionTransformerDistilled,
+}
+
+
+def _refuse_mask(attn_mask: Tensor | None, is_causal: bool) -> None:
+    if attn_mask is not None or is_causal:
+        raise ValueError("a model with token reduction takes no attn_mask or is_causal: its tokens move")
+
+
+def _full_grid(y: Tensor, source: Tensor | None) -> Tensor:
+    return y if source is None else unmerge(y, source)
+
+
+def _refine(pool: nn.Module, x: Tensor, size: Tensor) -> Tensor:
+    """timm's AttentionPoolPrr, parameter-free self-attention before pooling, of tokens with sizes."""
+    B, N, C = x.shape
+    y = pool.pre_norm(x).reshape(B, N, pool.num_heads, pool.head_dim).transpose(1, 2)
+    y = F.scaled_dot_product_attention(y, y, y, attn_mask=key_mask(size, y.dtype))
+    y = pool.post_norm(y.transpose(1, 2).reshape(B, N, C))
+    return y[:, 0] if pool.pool == "token" else weighted_mean(y, size)

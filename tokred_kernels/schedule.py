@@ -1,0 +1,207 @@
+"""How many tokens each block sees, what that costs, and which r meets a budget.
+
+removals((8, -1), 12)                 (16, 14, 13, 11, 10, 8, 7, 5, 4, 2, 1, 0)
+tokens(model, r=13)                   [(197, 184), (184, 171), ...]: tokens in attention and in the MLP of each block
+macs(model), macs(model, r=13)        multiply-accumulates of one image
+r_for_macs(model, 0.6)                the smallest r that leaves at most 60 % of the MACs
+r_for_speed(measure, 1000.0, most=98) the smallest r that is measured to reach 1000 images/s
+"""
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+from torch import nn
+
+Removal: TypeAlias = int | tuple[int, float] | list[int]
+
+
+def removals(r: Removal, depth: int) -> tuple[int, ...]:
+    """Tokens to remove in each of `depth` blocks.
+
+    Args:
+        r: an int, the same for every block; (int, inflection), rising (inflection 1: from 0 to 2 r), constant (0) or
+            falling (-1: from 2 r to 0) over the blocks by
+
+                lo = trunc(r (1 - inflection)),  hi = 2 r - lo,  r_l = trunc(lo + (hi - lo) / (depth - 1) * l);
+
+            or a list of ints, one a block, padded with 0; entries beyond the last block are kept and unused.
+        depth: number of blocks. A model of one block removes r.
+
+    Returns:
+        The counts, not clamped to what a block can remove; a negative one removes nothing.
+
+    Raises:
+        ValueError: anything else, or an inflection outside [-1, 1].
+
+    Source: Bolya et al., "Token Merging", ICLR 2023, section 4 (decreasing schedule).
+    """
+    if isinstance(r, list):
+        counts = tuple(_integer(entry, r) for entry in r)
+        return counts + (0,) * (depth - len(counts))
+    inflection = 0.0
+    given = r
+    if isinstance(r, tuple):
+        if len(r) != 2:
+            raise ValueError(f"r must be an int, (int, inflection) or a list of ints, got {given!r}")
+        r, inflection = r
+        if isinstance(inflection, bool) or not isinstance(inflection, int | float) or not -1 <= inflection <= 1:
+            raise ValueError(f"r: the inflection must be in [-1, 1], got {inflection!r}")
+    r = _integer(r, given)
+    if depth == 1:
+        return (r,)
+    low = int(r * (1 - inflection))
+    high = 2 * r - low
+    step = (high - low) / (depth - 1)
+    return tuple(int(low + step * block) for block in range(depth))
+
+
+def _integer(value: object, given: object) -> int:
+    if not isinstance(value, bool):
+        try:
+            return operator.index(value)
+        except TypeError:
+            pass
+    raise ValueError(f"r must be an int, (int, inflection) or a list of ints, got {given!r}")
+
+
+def merged(removed: Sequence[int], patches: int, prefix: int) -> list[tuple[int, int]]:
+    """(tokens in attention, tokens in the MLP) of each block that merges `removed[l]` tokens between the two.
+
+    At most half of a block's patches merge, as in `tokred_kernels.match`.
+    """
+    counts = []
+    n = prefix + patches
+    for r in removed:
+        left = n - max(0, min(r, (n - prefix) // 2))
+        counts.append((n, left))
+        n = left
+    return counts
+
+
+def tokens(model: nn.Module, r: Removal | None = None) -> list[tuple[int, int]]:
+    """(tokens in attention, tokens in the MLP) of each block for one image of the model's input size.
+
+    Args:
+        model: a timm VisionTransformer, patched or not.
+        r: the schedule of ToMe; None: the model as it is, patched or dense.
+    """
+    depth, patches, prefix = _shape(model)
+    if r is None:
+        method = getattr(model, "tokred_method", None)
+        return merged((0,) * depth, patches, prefix) if method is None else method.tokens(depth, patches, prefix)
+    return merged(removals(r, depth)[:depth], patches, prefix)
+
+
+def macs(model: nn.Module, r: Removal | None = None) -> int:
+    """Multiply-accumulates of one image: what papers print as "FLOPs".
+
+    A block of width C, N_a tokens in attention and N_m in the MLP costs 4 N_a C^2 + 2 N_a^2 C + 8 N_m C^2 (with timm's
+    usual shapes); patch embedding, attention pooling and the classifier are added. Norms, softmax, activations, biases
+    and the matching are not counted.
+
+    Args:
+        model: a timm VisionTransformer, patched or not.
+        r: the schedule of ToMe; None: the model as it is, patched or dense.
+
+    Raises:
+        ValueError: not a VisionTransformer, or one with a convolutional backbone before its tokens.
+    """
+    counts = tokens(model, r)
+    total = _embedding_macs(model)
+    for block, (n_attention, n_mlp) in zip(model.blocks, counts, strict=True):
+        attn = block.attn
+        total += n_attention * (_linear_macs(attn.qkv) + _linear_macs(attn.proj))
+        total += 2 * n_attention**2 * attn.num_heads * attn.head_dim
+        total += n_mlp * _linear_macs(block.mlp)
+    return total + _head_macs(model, counts[-1][1] if counts else sum(_shape(model)[1:]))
+
+
+def r_for_macs(model: nn.Module, fraction: float, inflection: float = 0.0) -> int:
+    """The smallest r with which ToMe leaves at most `fraction` of the dense model's MACs.
+
+    Args:
+        model: a timm VisionTransformer, patched or not.
+        fraction: in (0, 1].
+        inflection: of the schedule (r, inflection), see `removals`.
+
+    Raises:
+        ValueError: a fraction outside (0, 1], or one that no r reaches.
+    """
+    if not 0 < fraction <= 1:
+        raise ValueError(f"r_for_macs: fraction must be in (0, 1], got {fraction}")
+    dense = macs(model, 0)
+    patches = _shape(model)[1]
+    for r in range(patches + 1):
+        cost = macs(model, (r, inflection))
+        if cost <= fraction * dense:
+            return r
+    raise ValueError(
+        f"r_for_macs: no r leaves {fraction:.1%} of {dense / 1e9:.3f} G MACs; the most, r = {patches}, leaves "
+        f"{cost / dense:.1%}"
+    )
+
+
+def r_for_speed(measure: Callable[[int], float], images_per_second: float, most: int) -> int:
+    """The smallest r in [0, most] that reaches a speed, found by bisection with about log2(most) measurements.
+
+    Args:
+        measure: r to images/s, for example a warm, repeated run of `tokred.apply(copy.deepcopy(model), "tome", r=r)`.
+            The speed is taken to rise with r, so the answer is as good as the measurement.
+        images_per_second: the speed to reach.
+        most: the largest r to consider.
+
+    Raises:
+        ValueError: `most` is negative or does not reach the speed.
+    """
+    if most < 0:
+        raise ValueError(f"r_for_speed: most must be at least 0, got {most}")
+    fastest = measure(most)
+    if fastest < images_per_second:
+        raise ValueError(
+            f"r_for_speed: no r reaches {images_per_second:g} images/s; the most, r = {most}, reaches {fastest:g}"
+        )
+    low, high = 0, most
+    while low < high:
+        middle = (low + high) // 2
+        if measure(middle) >= images_per_second:
+            high = middle
+        else:
+            low = middle + 1
+    return high
+
+
+def _shape(model: nn.Module) -> tuple[int, int, int]:
+    """Depth, patches and prefix tokens."""
+    try:
+        return len(model.blocks), model.patch_embed.num_patches, model.num_prefix_tokens
+    except AttributeError:
+        raise ValueError(f"schedule: model must be a timm VisionTransformer, got {type(model).__name__}") from None
+
+
+def _linear_macs(module: nn.Module) -> int:
+    """MACs of one token in all linear layers of a module."""
+    return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
+
+
+def _embedding_macs(model: nn.Module) -> int:
+    embed = model.patch_embed
+    if hasattr(embed, "backbone") or not isinstance(embed.proj, nn.Conv2d | nn.Linear):
+        raise ValueError(f"schedule: the MACs of {type(embed).__name__} are not known")
+    return embed.num_patches * embed.proj.weight.numel()
+
+
+def _head_macs(model: nn.Module, n: int) -> int:
+    """n tokens reach the pool."""
+    total = 0
+    pool = model.attn_pool
+    patches = n if model.pool_include_prefix else n - model.num_prefix_tokens
+    if hasattr(pool, "latent"):
+        one_query = sum(_linear_macs(m) for m in (pool.q, pool.proj, pool.mlp) if m is not None)
+        total += patches * _linear_macs(pool.kv) + pool.latent_len * (
+            one_query + 2 * patches * pool.num_heads * pool.head_dim
+        )
+    elif pool is not None:
+        total += 2 * patches**2 * pool.num_heads * pool.head_dim
+    rows = 1 if model.global_pool else n
+    return total + rows * sum(_linear_macs(getattr(model, name, nn.Identity())) for name in ("head", "head_dist"))

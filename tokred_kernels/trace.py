@@ -1,0 +1,134 @@
+"""What was merged where: `with trace(model) as t: model(images)`, then `t.source`."""
+
+import threading
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+_thread = threading.local()
+
+
+def compose(source: Tensor | None, assign: Tensor | None) -> Tensor | None:
+    """The assignment [B, N0] that applies `source` [B, N0], then `assign` [B, N]; None is the identity."""
+    if source is None or assign is None:
+        return assign if source is None else source
+    return torch.where(source < 0, source, assign.gather(1, source.clamp(min=0).long()))
+
+
+@dataclass
+class Forward:
+    """One forward of a patched model.
+
+    Attributes:
+        tokens: [N0, N1, ...], the tokens that enter the first block, then those that leave each block.
+        assign: for each block, [B, N] int32, the output row of each of its tokens, -1 if dropped; None where the block
+            left its tokens alone.
+    """
+
+    _identity: Tensor
+    tokens: list[int]
+    assign: list[Tensor | None] = field(default_factory=list)
+
+    @property
+    def source(self) -> Tensor:
+        """[B, N0] int32: the final row of every token that entered the first block, -1 if dropped."""
+        source = self._identity
+        for assign in self.assign:
+            source = compose(source, assign)
+        return source
+
+
+class trace:
+    """Records which token ends in which row, block by block, in every forward of a patched model in this thread.
+
+        with tokred.trace(model) as t:
+            model(images)
+        t.source                                   # [B, N0] int32
+
+    `source`, `tokens` and `assign` are those of the last forward (see `Forward`); `history` holds every forward in
+    order, forward_features and forward_intermediates included. What the model computes does not change. What gradient
+    checkpointing computes again is not recorded again. Under patch dropout N0 counts the tokens that were kept.
+
+    Args:
+        model: a model patched by `apply`, run eagerly.
+
+    Raises:
+        ValueError: the model is compiled or not patched. RuntimeError: this thread is tracing already, nothing ran yet.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        if any(m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in model.modules()):
+            raise ValueError("trace: the model is compiled; trace the uncompiled model")
+        if not hasattr(model, "tokred_method"):
+            raise ValueError(f"trace: {type(model).__name__} has no token reduction; apply one first")
+        self.history: list[Forward] = []
+        self._model = model
+        self._handles: list = []
+        self._running: Forward | None = None
+
+    def __enter__(self) -> "trace":
+        if getattr(_thread, "tracing", False):
+            raise RuntimeError("trace: this thread is tracing already, and a thread can hold one trace")
+        _thread.tracing = True
+        self._owner = threading.get_ident()
+        self._handles = [self._model.patch_embed.register_forward_pre_hook(self._begin)]
+        for index, block in enumerate(self._model.blocks):
+            self._handles.append(block.register_forward_pre_hook(self._before, with_kwargs=True))
+            self._handles.append(block.register_forward_hook(partial(self._after, index)))
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._running = None
+        _thread.tracing = False
+
+    @property
+    def last(self) -> Forward:
+        """The last forward."""
+        if not self.history:
+            raise RuntimeError("trace: no forward was seen; run the traced, uncompiled model in the thread that traces")
+        return self.history[-1]
+
+    @property
+    def source(self) -> Tensor:
+        return self.last.source
+
+    @property
+    def tokens(self) -> list[int]:
+        return self.last.tokens
+
+    @property
+    def assign(self) -> list[Tensor | None]:
+        return self.last.assign
+
+    # Hooks sit on modules, which threads share: each looks only at the thread that traces.
+
+    def _begin(self, _module: nn.Module, _args: tuple) -> None:
+        if threading.get_ident() == self._owner:
+            self._running = None
+
+    def _before(self, _block: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """Asks the block for its assignment too."""
+        if threading.get_ident() != self._owner:
+            return None
+        self._asked = not (len(args) > 3 and args[3])
+        return (args[:3], {**kwargs, "with_assign": True})
+
+    def _after(self, index: int, _block: nn.Module, args: tuple, output: tuple) -> tuple | None:
+        """Records the assignment, and takes it out of the output if nobody else asked for it."""
+        if threading.get_ident() != self._owner:
+            return None
+        x, size, assign = output
+        before = args[0]
+        if index == 0 and self._running is None:
+            identity = torch.arange(before.shape[1], dtype=torch.int32, device=before.device)
+            self._running = Forward(identity.expand(before.shape[0], -1), [before.shape[1]])
+            self.history.append(self._running)
+        # Recomputed under gradient checkpointing, a block comes a second time.
+        if self._running is not None and index == len(self._running.assign):
+            self._running.assign.append(assign)
+            self._running.tokens.append(x.shape[1])
+        return (x, size) if self._asked else output

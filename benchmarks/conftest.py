@@ -1,0 +1,13 @@
+"""One thread and no autograd for every benchmark: two threads on a shared machine quantise times to 8 ms."""
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with torch.inference_mode():
+        yield
+    torch.set_num_threads(before)

@@ -1,0 +1,95 @@
+"""Is the result right? Every op call of a forward against the specification, and one model's logits against another's."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .. import reference
+
+# Two scores this close may fall either way: each is within 1e-6 of the exact one (the precision rule of `match`).
+MARGIN = 2e-6
+
+
+@dataclass
+class StepCheck:
+    """Outcome of checking each match_merge of a forward on its own inputs."""
+
+    steps: int = 0
+    tokens: int = 0
+    near_ties: int = 0  # tokens assigned otherwise than by the reference, their scores within MARGIN
+    wrong: int = 0  # tokens assigned otherwise with no such excuse, or images whose rows are out of order
+    error: float = 0.0  # largest |out - reference| over the largest |reference|
+
+    def passed(self, dtype: torch.dtype) -> bool:
+        """No wrong token, and outputs within a few roundings of the reference."""
+        return self.wrong == 0 and self.error <= 4 * torch.finfo(dtype).eps
+
+
+class StepChecker(TorchDispatchMode):
+    """Inside this `with`, every tokred::match_merge call is repeated by reference.py on the same inputs and compared.
+
+    Comparing step by step matters: over a whole model, one near-tie that falls the other way changes all that follows.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.check = StepCheck()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.tokred.match_merge.default:
+            self._compare(result, *args, **(kwargs or {}))
+        return result
+
+    def _compare(self, result, x: Tensor, metric: Tensor, r: int, prefix: int = 1, size: Tensor | None = None) -> None:
+        out, size_out, assign = result
+        check = self.check
+        check.steps += 1
+        check.tokens += assign.numel()
+        different = assign != reference.match(metric, r, prefix)
+        excused = within_margin(metric, assign, r, prefix)
+        check.near_ties += int(different[excused].sum())
+        check.wrong += int((~excused).sum())
+        # The tokens are merged as the kernel assigned them, so that this comparison sees the merge alone.
+        want, want_size = reference.merge(x, assign, out.shape[1], size)
+        scale = want.abs().amax().clamp(min=torch.finfo(want.dtype).tiny)
+        check.error = max(check.error, float((out - want).abs().amax() / scale))
+        check.wrong += int((size_out != want_size).sum())
+
+
+def within_margin(metric: Tensor, assign: Tensor, r: int, prefix: int = 1) -> Tensor:
+    """For each image, whether assign is an answer of `match` up to scores that differ by less than MARGIN: bool [B]."""
+    N = assign.shape[1]
+    r = max(0, min(r, (N - prefix) // 2))
+    if r == 0:
+        return (assign == torch.arange(N, device=assign.device)).all(1)
+    score = reference.match_scores(metric.double(), prefix)  # [B, Na, Nb]
+    Na, Nb = score.shape[1:]
+    first_b_row = prefix + Na - r
+    row_a = assign[:, prefix + prefix % 2 :: 2].long()
+    row_b = assign[:, prefix + 1 - prefix % 2 :: 2].long()
+    gone = row_a >= first_b_row
+    best = score.amax(2)
+    chosen = score.gather(2, (row_a - first_b_row).clamp(0, max(Nb - 1, 0))[..., None])[..., 0]
+
+    right = (assign[:, :prefix] == torch.arange(prefix, device=assign.device)).all(1)
+    right &= (row_b == first_b_row + torch.arange(Nb, device=assign.device)).all(1)
+    right &= (torch.where(gone, 0, row_a - prefix - (~gone).cumsum(1) + 1) == 0).all(1)  # kept: ascending
+    right &= (gone.sum(1) == r) & (row_a < N - r).all(1)
+    right &= (~gone | (chosen >= best - MARGIN)).all(1)
+    lowest_gone = best.masked_fill(~gone, torch.inf).amin(1)
+    highest_kept = best.masked_fill(gone, -torch.inf).amax(1)
+    return right & (lowest_gone >= highest_kept - MARGIN)
+
+
+def cosine(a: Tensor, b: Tensor) -> float:
+    """The smallest cosine between rows of a and of b, [B, classes] each."""
+    return float(F.cosine_similarity(a.double(), b.double(), dim=-1).min())
+
+
+def same_top1(a: Tensor, b: Tensor) -> int:
+    """How many rows of a and b [B, classes] have their largest entry in the same place."""
+    return int((a.argmax(-1) == b.argmax(-1)).sum())

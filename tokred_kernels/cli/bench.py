@@ -1,0 +1,171 @@
+"""Run a timm model dense and reduced on real images: check the results, then time both, the plain form and the oracle."""
+
+import argparse
+import importlib.util
+import json
+import logging
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from . import machine
+from .errors import UserError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Enough rounds for a stable minimum; a slow model stops after a minute, with three rounds at least.
+ROUNDS, MAX_SECONDS = 15, 60.0
+# Below about 16 images a small model on a GPU waits for its launches, whatever its number of tokens.
+GPU_BATCH, CPU_BATCH_LIMIT = 64, 8
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="a timm VisionTransformer, such as deit_small_patch16_224")
+    add("--method", default="tome", help="reduction method (default: %(default)s)")
+    add("--r", type=_r, default=13, help="tokens to remove in each block, or a list r,r,... (default: %(default)s)")
+    add("--inflection", type=float, help="slope of r over the blocks, -1 (most removed early) to 1 (late)")
+    add("--image", nargs="+", default=[], metavar="PATH", help="image files or folders (default: two photographs)")
+    add(
+        "--batch-size",
+        type=_at_least_one,
+        help=f"images a call (default: all of them, {CPU_BATCH_LIMIT} at most; {GPU_BATCH} on a GPU)",
+    )
+    add("--device", help="cpu or cuda (default: cuda where there is one)")
+    add("--dtype", choices=DTYPES, help="default: float32 on cpu, bfloat16 on cuda")
+    add("--threads", type=_at_least_one, help="CPU threads (default: as torch chooses)")
+    add("--rounds", type=_at_least_one, help=f"timing rounds (default: {ROUNDS}, fewer after {MAX_SECONDS:.0f} s)")
+    add("--pretrained", action="store_true", help="pretrained weights, through timm (default: random weights)")
+    add("--seed", type=int, default=0, help="seed of the random weights (default: %(default)s)")
+    add("--json", type=Path, metavar="FILE", help="save the results")
+    add("--plot", type=Path, metavar="FILE.png", help="save a picture of the results")
+
+
+def run(args: argparse.Namespace) -> int:
+    _check_files(args)
+    device = _device(args.device)
+    dtype = DTYPES[args.dtype or ("bfloat16" if device.startswith("cuda") else "float32")]
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    from . import images, table
+
+    with table.progress() as progress, torch.inference_mode():
+        try:
+            record = _measure(args, device, dtype, images.load, progress)
+        except torch.OutOfMemoryError as error:
+            raise UserError(f"out of GPU memory, lower --batch-size ({error})") from None
+    table.show(record)
+    if args.json:
+        args.json.write_text(json.dumps(record, indent=2) + "\n")
+    if args.plot and "timing" in record:
+        from . import plot
+
+        plot.save(record, args.plot)
+    return 0 if record["agreement"]["passed"] else 1
+
+
+def _measure(args: argparse.Namespace, device: str, dtype: torch.dtype, load, progress) -> dict:
+    """Builds, verifies and times; the record is what --json saves."""
+    progress.stage("building the models")
+    model = _create(args)
+    names, pixels = load(args.image, model)
+    model, pixels = model.to(device, dtype), pixels.to(device, dtype)
+    from .. import schedule
+    from . import variants
+
+    r = args.r if args.inflection is None else (args.r, args.inflection)
+    try:
+        found = variants.build(model, args.method, r)
+        tokens = schedule.tokens(found[args.method])
+        macs = {"dense": schedule.macs(model), "reduced": schedule.macs(found[args.method])}
+    except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
+        raise UserError(error) from None
+    batch_size = args.batch_size or (GPU_BATCH if pixels.is_cuda else min(len(names), CPU_BATCH_LIMIT))
+
+    progress.stage("checking the results")
+    record = {
+        "model": args.model,
+        "method": args.method,
+        "r": r,
+        "weights": "pretrained" if args.pretrained else f"random (seed {args.seed})",
+        "images": names,
+        "image_size": list(pixels.shape[2:]),
+        "batch_size": batch_size,
+        "device": device,
+        "dtype": str(dtype).removeprefix("torch."),
+        "machine": {"versions": machine.versions(), "cpu": machine.cpu(), "gpus": machine.gpus()},
+        "tokens": [tokens[0][0], *(after for _, after in tokens)],
+        "macs": macs,
+        "ideal_speedup": macs["dense"] / macs["reduced"],
+        "agreement": variants.verify(found, args.method, pixels, batch_size),
+    }
+    if record["agreement"]["passed"]:
+        progress.stage("timing", args.rounds or ROUNDS)
+        timings = variants.measure(
+            found,
+            pixels[torch.arange(batch_size, device=pixels.device) % len(pixels)],
+            rounds=args.rounds or ROUNDS,
+            max_seconds=float("inf") if args.rounds else MAX_SECONDS,
+            on_round=progress.advance,
+        )
+        record["timing"] = variants.rows(timings, args.method, device, batch_size)
+    return record
+
+
+def _r(text: str) -> int | list[int]:
+    try:
+        values = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be an integer or a list such as 16,16,8, got {text!r}") from None
+    return values[0] if len(values) == 1 else values
+
+
+def _at_least_one(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
+    return int(text)
+
+
+def _check_files(args: argparse.Namespace) -> None:
+    """Before any work: results that could not be saved, and packages that are missing."""
+    for path in filter(None, (args.json, args.plot)):
+        if path.is_dir() or not path.parent.is_dir():
+            raise UserError(f"cannot write {path}: " + ("it is a folder" if path.is_dir() else "no such folder"))
+    if args.plot and args.plot.suffix.lower() != ".png":
+        raise UserError(f"--plot writes PNG: give a name that ends in .png, got {args.plot}")
+    needed = ["timm", "rich", "PIL"] + ["matplotlib"] * bool(args.plot)
+    missing = [package for package in needed if importlib.util.find_spec(package) is None]
+    if missing:
+        raise UserError(f"tokred bench needs {', '.join(missing)}: pip install 'tokred-kernels[cli]'")
+
+
+def _device(name: str | None) -> str:
+    device = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        kind, index = torch.device(device).type, torch.device(device).index
+    except RuntimeError:
+        kind, index = "", None
+    if kind not in ("cpu", "cuda"):
+        raise UserError(f"--device must be cpu or cuda, got {device!r}")
+    if kind == "cuda" and (index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {device}: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def _create(args: argparse.Namespace) -> nn.Module:
+    import difflib
+
+    import timm
+
+    for name in ("timm", "huggingface_hub"):  # their warnings would join the one line of an error
+        logging.getLogger(name).setLevel(logging.ERROR)
+    if not timm.is_model(args.model):
+        close = difflib.get_close_matches(args.model, timm.list_models(), n=3)
+        raise UserError(f"timm has no model {args.model!r}" + (f"; close: {', '.join(close)}" if close else ""))
+    torch.manual_seed(args.seed)
+    try:
+        return timm.create_model(args.model, pretrained=args.pretrained).eval()
+    except Exception as error:  # whatever a download may raise: hub, socket, file format
+        if not args.pretrained:
+            raise
+        raise UserError(f"no pretrained weights for {args.model}: {type(error).__name__}: {error}") from None

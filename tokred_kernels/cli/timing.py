@@ -1,0 +1,107 @@
+"""Interleaved timing: every candidate once per round, so that a slow moment of the machine hits all of them alike.
+
+Quote ratios of `Timing.best` on a CPU, where other processes only ever add time, and of `Timing.median` on a GPU.
+"""
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+# A sample shorter than this is repeated within itself: below it, timers and event records weigh too much.
+_SHORTEST_SAMPLE_S = 1e-3
+
+
+@dataclass
+class Timing:
+    """Seconds a call, one entry a round."""
+
+    seconds: list[float]
+
+    @property
+    def best(self) -> float:
+        return min(self.seconds)
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    def typical(self, device: str) -> float:
+        """The figure to quote: the best on a CPU, the median on a GPU."""
+        return self.median if device.startswith("cuda") else self.best
+
+
+def interleave(
+    candidates: dict[str, Callable[[], object]],
+    device: str = "cpu",
+    *,
+    rounds: int = 15,
+    max_seconds: float = math.inf,
+    on_round: Callable[[], object] = lambda: None,
+) -> dict[str, Timing]:
+    """Times every candidate once per round, after warming it up.
+
+    Args:
+        candidates: what to time, by name; each call must do the same work.
+        device: "cuda" times with events on the current stream, anything else with the wall clock.
+        rounds: how many samples of each.
+        max_seconds: no further round starts after this long, but three are always run.
+        on_round: called after every round.
+    """
+    sample = _sample_cuda if device.startswith("cuda") else _sample_cpu
+    repeats = {}
+    for name, call in candidates.items():
+        call()  # the first call allocates, plans and compiles
+        once = min(sample(call, 1) for _ in range(2))
+        repeats[name] = max(1, math.ceil(_SHORTEST_SAMPLE_S / max(once, 1e-9)))
+
+    names = list(candidates)
+    seconds = {name: [] for name in names}
+    start = time.perf_counter()
+    for i in range(rounds):
+        if i >= 3 and time.perf_counter() - start > max_seconds:
+            break
+        first = i % len(names)  # rotated, so that no candidate always runs in the caches that the same other one left
+        for name in names[first:] + names[:first]:
+            seconds[name].append(sample(candidates[name], repeats[name]))
+        on_round()
+    return {name: Timing(values) for name, values in seconds.items()}
+
+
+def _sample_cpu(call: Callable[[], object], repeats: int) -> float:
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return (time.perf_counter() - start) / repeats
+
+
+def _sample_cuda(call: Callable[[], object], repeats: int) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    for _ in range(repeats):
+        call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) * 1e-3 / repeats
+
+
+def graphed(call: Callable[[], object], warmup: int = 3) -> Callable[[], object]:
+    """A CUDA graph of the call, replayed by calling the result; its inputs and outputs stay where they are."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # capture wants plans, workspaces and autotuning done beforehand
+        for _ in range(warmup):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = call()
+
+    def replay():
+        graph.replay()
+        return kept  # the output lives in the graph's own memory pool
+
+    return replay

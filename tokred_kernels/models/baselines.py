@@ -1,0 +1,206 @@
+"""Yardsticks for a reduced timm model: the oracle, and the method in plain PyTorch.
+
+    oracle_model   tokens sliced to the method's counts: what the model would cost if the reduction were free
+    plain_model    the method as a practitioner writes it: some twenty small ops a step, explicit or fused attention
+
+Both work on copies that share the weights of the model they are given, so that several variants can be timed side by
+side without several sets of weights in memory or in the caches.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ATTENTION = ("explicit", "sdpa")
+
+
+def shared_copy(model: nn.Module) -> nn.Module:
+    """A deep copy of the modules of a model over the same parameters and buffers."""
+    return copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
+
+
+def oracle_model(model: nn.Module, removed: Sequence[int], *, masked: bool = False) -> nn.Module:
+    """The model with its tokens sliced, after the attention of each block, to the counts of a reduction schedule.
+
+    Args:
+        model: a timm VisionTransformer; left unchanged, its weights shared.
+        removed: tokens to remove in each block, clamped to half of the patches as the ops do.
+        masked: attention takes a key mask [B, 1, 1, N] of zeros after the first reduction, the attention call of a
+            merging method. False: no mask, so that torch picks its best kernel.
+    """
+    return _Oracle(shared_copy(model), removed, masked)
+
+
+def plain_model(model: nn.Module, removed: Sequence[int], *, method: str = "tome", attention: str = "explicit"):
+    """The model with a reduction method in plain PyTorch: no kernel of ours, float32 matching.
+
+    Args:
+        model: a timm VisionTransformer with a token or an average-pool head; left unchanged, its weights shared.
+        removed: tokens to remove in each block, clamped to half of the patches as the ops do.
+        method: a key of STEPS.
+        attention: "explicit" (softmax(q k^T * scale + log size) v, as the published code of these methods does) or
+            "sdpa" (scaled_dot_product_attention with log size as a broadcast key mask).
+
+    Raises:
+        ValueError: an unknown method or attention, or a head that has no plain form here.
+    """
+    if method not in STEPS:
+        raise ValueError(f"plain_model: method must be one of {', '.join(STEPS)}, got {method!r}")
+    if attention not in ATTENTION:
+        raise ValueError(f"plain_model: attention must be one of {', '.join(ATTENTION)}, got {attention!r}")
+    if model.global_pool not in ("token", "avg", ""):
+        raise ValueError(f"plain_model: no plain form for the {model.global_pool!r} head")
+    return _Plain(shared_copy(model), removed, STEPS[method], attention)
+
+
+def eager_match(keys: Tensor, r: int, prefix: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    """ToMe's matching in plain PyTorch: normalise, matmul, max, argsort.
+
+    Args:
+        keys: [B, H, N, D].
+        r: patches to remove, at most half of them.
+
+    Returns:
+        gone [B, r] and kept [B, Na - r] (ascending), which index the even patches, and into [B, r], which indexes the
+        odd ones. Ties and NaN fall as torch.max and torch.argsort let them.
+    """
+    metric = (keys if keys.dtype == torch.float64 else keys.float()).mean(1)
+    metric = metric / metric.norm(dim=-1, keepdim=True)
+    even, odd = _parity(metric, prefix)
+    best, partner = (even @ odd.transpose(1, 2)).max(-1)
+    order = best.argsort(dim=-1, descending=True)
+    gone, kept = order[:, :r], order[:, r:].sort(dim=-1).values
+    return gone, kept, partner.gather(1, gone)
+
+
+def eager_merge(x: Tensor, size: Tensor | None, plan: tuple, prefix: int = 1) -> tuple[Tensor, Tensor]:
+    """ToMe's size-weighted merge in plain PyTorch: gather, scatter, concatenate, divide.
+
+    Args:
+        x: [B, N, C].
+        size: [B, N], or None for all ones.
+        plan: (gone, kept, into) of `eager_match`.
+
+    Returns:
+        [B, N - r, C] in the dtype of x, and the new sizes [B, N - r] in float32.
+    """
+    gone, kept, into = plan
+    size = x.new_ones(x.shape[:2], dtype=torch.float32) if size is None else size
+    size = size[..., None]
+
+    def add_up(value: Tensor) -> Tensor:
+        even, odd = _parity(value, prefix)
+        wide = (-1, -1, value.shape[-1])
+        moved = even.gather(1, gone[..., None].expand(wide))
+        odd = odd.scatter_add(1, into[..., None].expand(wide), moved)
+        return torch.cat([value[:, :prefix], even.gather(1, kept[..., None].expand(wide)), odd], 1)
+
+    total = add_up(size)
+    return (add_up(x * size) / total).to(x.dtype), total[..., 0]
+
+
+def eager_unmerge(y: Tensor, assign: Tensor) -> Tensor:
+    """y[assign] along the tokens, [B, N, C]; every entry of assign names a row."""
+    return y.gather(1, assign.long()[..., None].expand(-1, -1, y.shape[-1]))
+
+
+def eager_tome_step(
+    x: Tensor, keys: Tensor, r: int, prefix: int = 1, size: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """One step of token merging in plain PyTorch: the bar that match_merge is measured against."""
+    return eager_merge(x, size, eager_match(keys, r, prefix), prefix)
+
+
+STEPS: dict[str, Callable] = {"tome": eager_tome_step}
+
+
+def _parity(x: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
+    """The patches at even and at odd positions, positions counted from the first prefix token."""
+    return x[:, prefix + prefix % 2 :: 2], x[:, prefix + 1 - prefix % 2 :: 2]
+
+
+class _Baseline(nn.Module):
+    """Runs the blocks of a timm model one by one; `blocks` decides how the tokens become fewer."""
+
+    def __init__(self, model: nn.Module, removed: Sequence[int]):
+        super().__init__()
+        if len(removed) != len(model.blocks):
+            raise ValueError(f"removed must have {len(model.blocks)} entries, one a block, got {len(removed)}")
+        self.model = model
+        self.removed = tuple(removed)
+
+    def forward(self, images: Tensor) -> Tensor:
+        model = self.model
+        x = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
+        x, size = self.blocks(x)
+        return self.head(model.norm(x), size)
+
+    def clamped(self, r: int, tokens: int) -> int:
+        return max(0, min(r, (tokens - self.model.num_prefix_tokens) // 2))
+
+    def head(self, x: Tensor, size: Tensor | None) -> Tensor:
+        return self.model.forward_head(x)
+
+
+class _Oracle(_Baseline):
+    def __init__(self, model: nn.Module, removed: Sequence[int], masked: bool):
+        super().__init__(model, removed)
+        self.masked = masked
+
+    def blocks(self, x: Tensor) -> tuple[Tensor, None]:
+        size = None
+        for block, r in zip(self.model.blocks, self.removed):
+            m = x.shape[1] - self.clamped(r, x.shape[1])
+            mask = None if size is None else size[:, :, :, : x.shape[1]].log().to(x.dtype)
+            attended = block.drop_path1(block.ls1(block.attn(block.norm1(x), attn_mask=mask)))
+            if self.masked and size is None and m < x.shape[1]:
+                size = x.new_ones(x.shape[0], 1, 1, m, dtype=torch.float32)
+            # Sliced before the addition: its result is then dense in memory, and no copy is charged to the oracle.
+            x = x[:, :m] + attended[:, :m]
+            x = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+        return x, None
+
+
+class _Plain(_Baseline):
+    def __init__(self, model: nn.Module, removed: Sequence[int], step: Callable, attention: str):
+        super().__init__(model, removed)
+        self.step = step
+        self.attention = attention
+
+    def blocks(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        prefix = self.model.num_prefix_tokens
+        size = None
+        for block, r in zip(self.model.blocks, self.removed):
+            attended, keys = self.attend(block.attn, block.norm1(x), size)
+            x = x + block.drop_path1(block.ls1(attended))
+            r = self.clamped(r, x.shape[1])
+            if r > 0:
+                x, size = self.step(x, keys, r, prefix, size)
+            x = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+        return x, size
+
+    def attend(self, attn: nn.Module, x: Tensor, size: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The output of timm's Attention with log size on its keys, and the keys [B, H, N, D]."""
+        B, N, _ = x.shape
+        q, k, v = attn.qkv(x).reshape(B, N, 3, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k = attn.q_norm(q), attn.k_norm(k)
+        bias = None if size is None else size.log()[:, None, None, :].to(q.dtype)
+        if self.attention == "sdpa":
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        else:
+            logits = (q * attn.scale) @ k.transpose(-2, -1)
+            out = (logits if bias is None else logits + bias).softmax(-1) @ v
+        out = out.transpose(1, 2).reshape(B, N, attn.attn_dim)
+        return attn.proj_drop(attn.proj(attn.norm(out))), k
+
+    def head(self, x: Tensor, size: Tensor | None) -> Tensor:
+        model = self.model
+        if model.global_pool != "avg" or size is None:
+            return model.forward_head(x)
+        first = 0 if model.pool_include_prefix else model.num_prefix_tokens
+        weight = size[:, first:, None]
+        pooled = ((x[:, first:] * weight).sum(1) / weight.sum(1)).to(x.dtype)
+        return model.head(model.head_drop(model.fc_norm(pooled)))

@@ -1,5 +1,6 @@
 // The schema of every op. Kernels register from their own files: cpu/<op>.cpp (CPU), cuda/<op>.cu (CUDA);
-// tokred_kernels/ops/<op>.py adds the fake, autograd and vmap rules. design: README, "Ops".
+// tokred_kernels/ops/<op>.py adds the fake, autograd and vmap rules. The library is no Python module: torch.ops.load_library
+// or dlopen registers everything, so neither building nor running it needs Python.
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
 
@@ -17,10 +18,4 @@ STABLE_TORCH_LIBRARY(tokred, m) {
   // Names the instruction set that the CPU kernels use; with a name, selects it for the whole process (tests,
   // benchmarks).
   m.def("cpu_isa(str name=\"\") -> str");
-}
-
-// The extension module is empty: importing it loads the library, which registers the ops.
-extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C(void) {
-  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
-  return PyModule_Create(&module);
 }

@@ -16,9 +16,9 @@ def edge_scores(metric: Tensor, p: int, weight: Tensor | None = None, power: flo
     """One image: (score [Na, Nb] float64 with NaN as -inf, keys a, keys b); metric [N, D] or [H, N, D]."""
     single = metric.dtype != torch.float64
     k = metric.double().numpy()
-    mean = k if k.ndim == 2 else k.sum(0) / k.shape[0]
-    squares = (mean**2).sum(-1, keepdims=True)
     with np.errstate(all="ignore"):
+        mean = k if k.ndim == 2 else k.sum(0) / k.shape[0]
+        squares = (mean**2).sum(-1, keepdims=True)
         norm = np.where(single & (squares > FLOAT32_MAX), np.inf, np.sqrt(squares))
         unit = mean * (1 / np.maximum(norm, 1e-6))
         a, b = p + p % 2, p + 1 - p % 2
@@ -28,7 +28,7 @@ def edge_scores(metric: Tensor, p: int, weight: Tensor | None = None, power: flo
             score = np.maximum((score + 1) / 2, 0) ** power * w[a::2, None] * w[None, b::2]
     score[np.isnan(score)] = -np.inf
     flat = k.reshape(1, *k.shape) if k.ndim == 2 else k
-    rows = flat.transpose(1, 0, 2).reshape(k.shape[-2], -1)
+    rows = flat.transpose(1, 0, 2).reshape(k.shape[-2], flat.shape[0] * k.shape[-1])
     if weight is not None:
         rows = np.concatenate([rows, weight.double().numpy()[:, None]], 1)
     return score, rows[a::2], rows[b::2]
@@ -117,7 +117,7 @@ def _check_undecided(got: np.ndarray, score: np.ndarray, N: int, p: int, r: int,
 
 
 def merge(x: Tensor, assign: Tensor, m: int, size=None, weight=None, reduce: str = "mean"):
-    """(out, size_out, slack) in float64: slack bounds the error of a float32 accumulation, before the final rounding."""
+    """(out, size_out, slack) in float64; slack bounds the error of a float32 accumulation before the final rounding."""
     B, N, C = x.shape
     X = x.double().cpu().numpy()
     ones = np.ones((B, N))

@@ -7,9 +7,11 @@ CUDA                        csrc/cuda (_cuda) where it was built, else tokred_ke
 
 import contextlib
 import importlib
+import importlib.util
 import os
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 from torch.library import Library
@@ -19,31 +21,31 @@ from . import reference
 OPS = ("match", "merge", "unmerge", "match_merge")
 BACKENDS = ("reference", "cpu", "cuda", "triton")
 
-try:
-    from . import _C  # noqa: F401  schema and CPU kernels
-except ImportError as error:
-    raise ImportError(
-        "tokred_kernels was not built (no loadable tokred_kernels/_C): run `pip install .` or `pip install -e .` in the "
-        f"source folder, with a C++ compiler and torch >= 2.10 ({error})"
-    ) from error
+_FOLDER = Path(__file__).parent
+
+
+def _load(name: str, hint: str) -> None:
+    try:
+        torch.ops.load_library(_FOLDER / f"{name}.abi3.so")
+    except OSError as error:
+        raise ImportError(f"tokred_kernels/{name}.abi3.so does not load ({error}); {hint}") from error
 
 
 def _load_cuda() -> str | None:
     """Loads _cuda; returns why it is not there, or None."""
-    if importlib.util.find_spec("tokred_kernels._cuda") is None:
+    if not (_FOLDER / "_cuda.abi3.so").exists():
         return "the package was built without nvcc"
     if torch.version.cuda is None:
         return "this torch was built without CUDA"  # libtorch_cuda is absent, so _cuda cannot load
-    try:
-        importlib.import_module("tokred_kernels._cuda")
-    except ImportError as error:
-        raise ImportError(
-            f"tokred_kernels/_cuda does not load: {error}. It was built for torch >= 2.10 with CUDA "
-            f"(this is torch {torch.__version__}); rebuild with `pip install .`, or without it by TOKRED_BUILD=cpu"
-        ) from error
+    _load("_cuda", "rebuild it for this torch with `pip install .`, or leave it out with TOKRED_BUILD=cpu")
     return None
 
 
+_load(
+    "_C",
+    f"build it with `pip install .` or `pip install -e .` in the source folder, with a C++ compiler and torch >= 2.10 "
+    f"(this is torch {torch.__version__})",
+)
 _cuda_missing = _load_cuda()
 
 

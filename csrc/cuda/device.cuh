@@ -1,0 +1,53 @@
+// What every kernel needs of the device. Without nvcc, tests/simt stands in for the hardware and the same code runs on
+// the host.
+#pragma once
+#include <cstdint>
+#ifndef __CUDACC__
+#include "simt.h"
+#endif
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+namespace tokred {
+
+constexpr int kThreads = 256, kWarp = 32, kWarps = kThreads / kWarp;
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+#ifdef __CUDACC__
+__device__ __forceinline__ unsigned char* shared_memory() {
+  extern __shared__ __align__(16) unsigned char memory[];
+  return memory;
+}
+#else
+using simt::shared_memory;
+#endif
+
+// The launchers choose by these; a launcher without a GPU (the emulator's) makes them up.
+struct Device {
+  int multiprocessors;
+  int64_t shared_bytes;  // a block's limit, opt-in
+};
+
+template <typename I>
+__host__ __device__ constexpr I ceil_div(I n, I by) {
+  return (n + by - 1) / by;
+}
+template <typename I>
+__host__ __device__ constexpr I round_up(I n, I to) {
+  return ceil_div(n, to) * to;
+}
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
+__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ void from_float(float x, float& to) { to = x; }
+__device__ __forceinline__ void from_float(float x, __half& to) { to = __float2half_rn(x); }
+__device__ __forceinline__ void from_float(float x, __nv_bfloat16& to) { to = __float2bfloat16_rn(x); }
+
+// Loaded and stored as 16-byte words where it is that long.
+template <typename T, int kLength>
+struct alignas(kLength * sizeof(T) < 16 ? kLength * sizeof(T) : 16) Pack {
+  T e[kLength];
+};
+
+}  // namespace tokred

@@ -1,0 +1,52 @@
+// match on CUDA. The kernels are match.cuh and match_split.cuh.
+#include "launch.h"
+#include "match_split.cuh"
+
+namespace tokred {
+
+static Device this_device() {
+  int index = 0, multiprocessors = 0, shared = 0;
+  STD_CUDA_CHECK(cudaGetDevice(&index));
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, index));
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, index));
+  return {multiprocessors, shared};
+}
+
+static Dtype dtype_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Half: return Dtype::kHalf;
+    case ScalarType::BFloat16: return Dtype::kBFloat16;
+    default: return Dtype::kFloat;
+  }
+}
+
+void match_into(const char* op, const MatchArgs& args, const Tensor& assign) {
+  if (args.B == 0 || args.N == 0) return;
+  MatchBatch m;
+  m.metric = args.metric.const_data_ptr(), m.weight = floats(args.weight);
+  m.assign = static_cast<int32_t*>(assign.mutable_data_ptr());
+  m.B = args.B, m.s_b = args.s_b, m.s_h = args.s_h, m.s_n = args.s_n;
+  m.H = checked_int(op, "H", args.H), m.N = checked_int(op, "N", args.N), m.D = checked_int(op, "D", args.D);
+  m.r = int(args.r), m.p = int(args.p), m.power = float(args.power);
+  m.dtype = dtype_of(args.metric), m.aligned = is_aligned(args.metric, {args.s_b, args.s_h, args.s_n});
+  Tensor scratch;
+  auto allocate = [&](int64_t bytes) {
+    scratch = torch::stable::new_empty(assign, {bytes}, ScalarType::Byte);
+    return scratch.mutable_data_ptr();
+  };
+  launch_match(m, this_device(), Launcher(assign), allocate);
+}
+
+Tensor match_cuda(const Tensor& metric, int64_t r, int64_t prefix, const OptionalTensor& weight, double power,
+                  bool two_way) {
+  if (two_way) throw std::runtime_error("match: two_way=True is not implemented yet");
+  const DeviceGuard guard(metric.get_device_index());
+  const MatchArgs args = match_args("match", metric, r, prefix, weight, power);
+  Tensor assign = new_int32(metric, {args.B, args.N});
+  match_into("match", args, assign);
+  return assign;
+}
+
+}  // namespace tokred
+
+STABLE_TORCH_LIBRARY_IMPL(tokred, CUDA, m) { m.impl("match", TORCH_BOX(&tokred::match_cuda)); }

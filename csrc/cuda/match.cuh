@@ -1,0 +1,287 @@
+// match: the bipartite matching of tokens.  s_ij = <a_i, b_j> over unit rows of the head mean, edge_i = the best s_ij
+// (ties: lowest j), the r best edges (ties: lowest i) merge.
+//
+// match_kernel: one block an image, everything in shared memory.  Eight lanes normalise a row; then the block is 16 x 16
+// threads with kTile x kTile scores each, which keep a running (score, column) and never write a score; the rank of an
+// edge is the number of better ones; assign is written by a ballot scan.  match_split.cuh serves everything larger.
+//
+// Products are float32 FMA, one chain over ascending d for every pair, so equal rows score bitwise equal wherever they
+// sit and the error stays below 1e-6: sqrt(64) roundings of 2^-25 each, about 5 sigma.  Three TF32 or six bf16 tensor
+// core products would be 1.6x faster at best, but their accumulator truncates at a width that is not documented.
+//
+// Floor, DeiT-S B=256 N=197 H=6 D=64 bf16 on 132 SMs: keys 38.7 MB once = 9 us, 4 N bytes out, 4850 FMA clocks an image
+// = 5.7 us (two images an SM, 1.7 GHz).
+//
+// sm_90, kTile:      4    5    6    7    8
+// @MATCH_TABLE@
+#pragma once
+#include "device.cuh"
+
+namespace tokred {
+
+enum class Dtype { kFloat, kHalf, kBFloat16 };
+
+struct MatchBatch {
+  const void* metric;   // [B, H, N, D], inner stride 1
+  const float* weight;  // [B, N] or null
+  int32_t* assign;      // [B, N]
+  int64_t B, s_b, s_h, s_n;
+  int H, N, D, r, p;
+  float power;
+  Dtype dtype;
+  bool aligned;  // every row of the metric starts at a multiple of 16 bytes
+
+  __host__ __device__ int first_a() const { return p + p % 2; }
+  __host__ __device__ int first_b() const { return p + 1 - p % 2; }
+  __host__ __device__ int rows_a() const { return (N - first_a() + 1) / 2; }
+  __host__ __device__ int rows_b() const { return (N - first_b() + 1) / 2; }
+  __host__ __device__ int width() const { return round_up(D, 8); }  // D with zeros
+};
+
+// Unit rows are kept in pieces of kChunk elements. kPitch: 16 lanes reading 16 bytes of consecutive rows meet no bank
+// twice (17 words of 16 bytes).
+constexpr int kChunk = 64, kPitch = kChunk + 4;
+constexpr float kNormFloor = 1e-6f;
+
+// Order of scores as unsigned integers; -0 ties with +0.
+__device__ __forceinline__ uint64_t edge_key(float score, int index) {
+  unsigned bits;
+  score += 0.0f;
+  memcpy(&bits, &score, sizeof bits);
+  bits = bits >> 31 ? ~bits : bits | 0x80000000u;
+  return uint64_t(bits) << 32 | ~unsigned(index);  // larger: a higher score, then a lower index
+}
+__device__ __forceinline__ int key_index(uint64_t key) { return int(~unsigned(key)); }
+__device__ __forceinline__ uint64_t with_index(uint64_t key, int index) { return key >> 32 << 32 | ~unsigned(index); }
+
+// Elements 0 .. 7 of the sum over heads, in head order; zero past `left`.
+template <typename T>
+__device__ __forceinline__ void add_heads(const MatchBatch& m, const T* row, int left, float (&sum)[8]) {
+  constexpr int kAhead = 4;  // loads in flight: 32 KB an SM with two blocks
+  for (int h = 0; h < m.H; h += kAhead) {
+    Pack<T, 8> part[kAhead] = {};
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) {
+      const T* from = row + (h + k) * m.s_h;
+      if (h + k >= m.H) continue;
+      if (m.aligned && left >= 8)
+        part[k] = *reinterpret_cast<const Pack<T, 8>*>(from);
+      else
+#pragma unroll
+        for (int e = 0; e < 8; ++e)
+          if (e < left) part[k].e[e] = from[e];
+    }
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k)
+#pragma unroll
+      for (int e = 0; e < 8; ++e) sum[e] += to_float(part[k].e[e]);
+  }
+}
+
+// One row to unit length by eight neighbouring lanes; null is a row of zeros. Piece c goes to to + c * stride.
+template <typename T>
+__device__ __forceinline__ void unit_row(const MatchBatch& m, const T* row, float* to, int64_t stride) {
+  const int first = threadIdx.x % 8 * 8, width = m.width();
+  const unsigned lanes = 0xffu << threadIdx.x % kWarp / 8 * 8;
+  const float per_head = 1.0f / m.H;
+  float square = 0;
+  for (int d = first; d < width; d += kChunk) {
+    float mean[8] = {};
+    if (row) add_heads(m, row + d, m.D - d, mean);
+#pragma unroll
+    for (int e = 0; e < 8; ++e) {
+      mean[e] *= per_head;
+      square = fmaf(mean[e], mean[e], square);
+    }
+    float4* words = reinterpret_cast<float4*>(to + d / kChunk * stride + first);
+    words[0] = make_float4(mean[0], mean[1], mean[2], mean[3]);
+    words[1] = make_float4(mean[4], mean[5], mean[6], mean[7]);
+  }
+  for (int lane = 1; lane < 8; lane *= 2) square += __shfl_xor_sync(lanes, square, lane);
+  const float scale = 1.0f / fmaxf(sqrtf(square), kNormFloor);
+  for (int d = first; d < width; d += kChunk)
+#pragma unroll
+    for (int e = 0; e < 8; ++e) to[d / kChunk * stride + first + e] *= scale;
+}
+
+// Calls f with a null pointer of the metric's type. The dtype is a run-time value: staging is bound by memory, and three
+// copies of the product loop would not be.
+template <typename F>
+__device__ __forceinline__ void with_dtype(Dtype dtype, F&& f) {
+  switch (dtype) {
+    case Dtype::kFloat: return f(static_cast<const float*>(nullptr));
+    case Dtype::kHalf: return f(static_cast<const __half*>(nullptr));
+    case Dtype::kBFloat16: return f(static_cast<const __nv_bfloat16*>(nullptr));
+  }
+}
+
+// Tokens first, first + 2, ... of image b, `count` of them and then zeros, as `rows` unit rows.
+__device__ __forceinline__ void stage(const MatchBatch& m, int64_t b, int first, int count, int rows, float* to) {
+  with_dtype(m.dtype, [&](auto* type) {
+    auto* image = static_cast<decltype(type)>(m.metric) + b * m.s_b;
+    for (int i = threadIdx.x / 8; i < rows; i += kThreads / 8)
+      unit_row(m, i < count ? image + (first + 2 * i) * m.s_n : nullptr, to + i * kPitch, int64_t(rows) * kPitch);
+  });
+}
+
+// acc[i][j] += <a row (y + 16 i), b row (x + 16 j)> for thread (x, y) of the 16 x 16, d ascending.
+template <int kTile>
+__device__ __forceinline__ void add_products(const float* a, const float* b, int depth, float (&acc)[kTile][kTile]) {
+  a += threadIdx.x / 16 * kPitch;
+  b += threadIdx.x % 16 * kPitch;
+  for (int d = 0; d < depth; d += 4) {
+    float4 x[kTile];
+#pragma unroll
+    for (int i = 0; i < kTile; ++i) x[i] = *reinterpret_cast<const float4*>(a + 16 * i * kPitch + d);
+#pragma unroll
+    for (int j = 0; j < kTile; ++j) {
+      const float4 y = *reinterpret_cast<const float4*>(b + 16 * j * kPitch + d);
+#pragma unroll
+      for (int i = 0; i < kTile; ++i) {
+        acc[i][j] = fmaf(x[i].x, y.x, acc[i][j]);
+        acc[i][j] = fmaf(x[i].y, y.y, acc[i][j]);
+        acc[i][j] = fmaf(x[i].z, y.z, acc[i][j]);
+        acc[i][j] = fmaf(x[i].w, y.w, acc[i][j]);
+      }
+    }
+  }
+}
+
+// The best edge of each of a thread's kTile rows so far. NaN never wins, so it counts as -inf; a row of nothing else
+// keeps (-inf, column 0).
+template <int kTile>
+struct BestEdges {
+  float score[kTile];
+  int column[kTile];
+
+  __device__ __forceinline__ BestEdges() {
+#pragma unroll
+    for (int i = 0; i < kTile; ++i) score[i] = -INFINITY, column[i] = 0;
+  }
+
+  // The scores of rows from i0 and columns from j0 on; columns ascend, so the first of equal ones stays.
+  __device__ __forceinline__ void take(const MatchBatch& m, int64_t b, const float (&acc)[kTile][kTile], int i0,
+                                       int j0) {
+    const int rows = m.rows_a(), columns = m.rows_b();
+    const float* weight = m.weight ? m.weight + b * m.N : nullptr;
+#pragma unroll
+    for (int j = 0; j < kTile; ++j) {
+      const int at = j0 + threadIdx.x % 16 + 16 * j;
+      if (at >= columns) continue;
+      const float column_weight = weight ? weight[m.first_b() + 2 * at] : 1;
+#pragma unroll
+      for (int i = 0; i < kTile; ++i) {
+        float s = acc[i][j];
+        if (weight) {
+          const int row = i0 + threadIdx.x / 16 + 16 * i;
+          s = (s + 1) / 2;
+          s = s < 0 ? 0 : s;  // NaN stays
+          if (m.power != 1) s = powf(s, m.power);
+          s = s * (row < rows ? weight[m.first_a() + 2 * row] : 0) * column_weight;
+        }
+        if (s > score[i]) score[i] = s, column[i] = at;
+      }
+    }
+  }
+
+  // f(row, key) once for each of the block's rows from i0 on; the key holds score and column.
+  template <typename F>
+  __device__ __forceinline__ void reduce(int i0, int rows, F&& f) const {
+#pragma unroll
+    for (int i = 0; i < kTile; ++i) {
+      uint64_t key = edge_key(score[i], column[i]);
+      for (int lane = 1; lane < 16; lane *= 2) {
+        const uint64_t other = __shfl_xor_sync(kAllLanes, key, lane);
+        key = other > key ? other : key;
+      }
+      const int row = i0 + threadIdx.x / 16 + 16 * i;
+      if (threadIdx.x % 16 == 0 && row < rows) f(row, key);
+    }
+  }
+};
+
+// Rows out: prefix, kept a ascending, b ascending; gone(i) says whether a_i merges, into(i) the column it merges into.
+// kept_of_warp: shared, an int a warp.
+template <typename Gone, typename Into>
+__device__ void write_assign(const MatchBatch& m, int64_t b, int* kept_of_warp, Gone&& gone, Into&& into) {
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, na = m.rows_a(), first_b_row = m.p + na - m.r;
+  int32_t* assign = m.assign + b * m.N;
+  int row = m.p;  // of the first kept a of this round
+  for (int base = 0; base < na; base += blockDim.x) {
+    const int i = base + threadIdx.x;
+    const bool merges = i < na && gone(i);
+    const unsigned kept = __ballot_sync(kAllLanes, i < na && !merges);
+    if (lane == 0) kept_of_warp[warp] = __popc(kept);
+    __syncthreads();
+    int mine = row + __popc(kept & ((1u << lane) - 1));
+    for (int w = 0; w < int(blockDim.x) / kWarp; ++w) {
+      if (w < warp) mine += kept_of_warp[w];
+      row += kept_of_warp[w];
+    }
+    if (i < na) assign[m.first_a() + 2 * i] = merges ? first_b_row + into(i) : mine;
+    __syncthreads();
+  }
+  for (int j = threadIdx.x; j < m.rows_b(); j += blockDim.x) assign[m.first_b() + 2 * j] = first_b_row + j;
+  for (int n = threadIdx.x; n < m.p; n += blockDim.x) assign[n] = n;
+}
+
+// Shared memory of match_kernel, in bytes from its start: rows b, a tile of rows a, then per row a a key and a column.
+struct MatchShared {
+  int64_t a, key, column, kept, bytes;
+  int b_rows;
+
+  __host__ __device__ MatchShared(const MatchBatch& m, int side) {
+    const int64_t row = ceil_div(m.width(), kChunk) * kPitch * sizeof(float);
+    b_rows = round_up(m.rows_b(), side);
+    a = b_rows * row;
+    key = a + side * row;
+    column = key + int64_t(m.rows_a()) * sizeof(uint64_t);
+    kept = column + int64_t(m.rows_a()) * sizeof(int);
+    bytes = kept + kWarps * sizeof(int);
+  }
+};
+
+template <int kTile>
+__global__ void __launch_bounds__(kThreads, 2) match_kernel(const MatchBatch m) {
+  constexpr int kSide = 16 * kTile;
+  const int64_t b = blockIdx.x;
+  if (m.r == 0) {
+    for (int n = threadIdx.x; n < m.N; n += kThreads) m.assign[b * m.N + n] = n;
+    return;
+  }
+  const MatchShared at(m, kSide);
+  unsigned char* shared = shared_memory();
+  float *b_rows = reinterpret_cast<float*>(shared), *a_rows = reinterpret_cast<float*>(shared + at.a);
+  uint64_t* keys = reinterpret_cast<uint64_t*>(shared + at.key);
+  int* columns = reinterpret_cast<int*>(shared + at.column);
+  const int na = m.rows_a(), nb = m.rows_b(), width = m.width();
+
+  stage(m, b, m.first_b(), nb, at.b_rows, b_rows);
+  for (int i0 = 0; i0 < na; i0 += kSide) {
+    __syncthreads();
+    stage(m, b, m.first_a() + 2 * i0, na - i0, kSide, a_rows);
+    __syncthreads();
+    BestEdges<kTile> best;
+    for (int j0 = 0; j0 < nb; j0 += kSide) {
+      float acc[kTile][kTile] = {};
+      for (int c = 0; c * kChunk < width; ++c)
+        add_products(a_rows + c * kSide * kPitch, b_rows + (c * at.b_rows + j0) * kPitch,
+                     min(kChunk, width - c * kChunk), acc);
+      best.take(m, b, acc, i0, j0);
+    }
+    best.reduce(i0, na, [&](int i, uint64_t key) {
+      keys[i] = with_index(key, i);
+      columns[i] = key_index(key);
+    });
+  }
+  __syncthreads();
+  auto gone = [&](int i) {
+    const uint64_t mine = keys[i];
+    int rank = 0;
+    for (int other = 0; other < na; ++other) rank += keys[other] > mine;
+    return rank < m.r;
+  };
+  write_assign(m, b, reinterpret_cast<int*>(shared + at.kept), gone, [&](int i) { return columns[i]; });
+}
+
+}  // namespace tokred

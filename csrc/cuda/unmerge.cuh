@@ -1,0 +1,44 @@
+// unmerge: x_i = y[assign_i], 0 where assign_i is no row.  A copy of bits: a thread a word of 16 bytes (or one element
+// where rows are not aligned), a block some 2048 words of neighbouring tokens.
+//
+// Floor: (M + N) C element bytes and 4 N; DeiT-S B=256 184 -> 197 C=384 bf16: 75 MB = 17.4 us at 4.3 TB/s.
+//
+// @UNMERGE_TABLE@
+#pragma once
+#include "device.cuh"
+
+namespace tokred {
+
+template <typename Word>
+struct UnmergeBatch {
+  const Word* y;          // [B, M, words], strides in words
+  const int32_t* assign;  // [B, N]
+  Word* x;                // [B, N, words]
+  int64_t B, s_b, s_n;
+  int N, M, words;
+};
+
+template <typename Word>
+__global__ void __launch_bounds__(kThreads) unmerge_kernel(const UnmergeBatch<Word> u, int tokens, int groups) {
+  const int64_t b = blockIdx.x / unsigned(groups);
+  const int first = blockIdx.x % unsigned(groups) * tokens, count = min(tokens, u.N - first);
+  const int32_t* assign = u.assign + b * u.N + first;
+  const Word* y = u.y + b * u.s_b;
+  Word* x = u.x + (b * u.N + first) * u.words;
+#pragma unroll 4
+  for (int w = threadIdx.x; w < count * u.words; w += kThreads) {
+    const int i = w / u.words, j = assign[i];
+    Word word = {};
+    if (j >= 0 && j < u.M) word = y[j * u.s_n + (w - i * u.words)];
+    x[w] = word;
+  }
+}
+
+template <typename Word, typename Launch>
+void launch_unmerge(const UnmergeBatch<Word>& u, Launch&& launch) {
+  constexpr int kBlockWords = 2048;
+  const int tokens = u.words < kBlockWords ? ceil_div(kBlockWords, u.words) : 1, groups = ceil_div(u.N, tokens);
+  launch(unmerge_kernel<Word>, u.B * groups, kThreads, 0, u, tokens, groups);
+}
+
+}  // namespace tokred

@@ -1,0 +1,158 @@
+"""Bad input: one error, before any work, that names op, argument, expected and got; the same from every backend."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import tokred_kernels as tokred
+
+X, K = torch.randn(2, 7, 4), torch.randn(2, 3, 7, 8)
+A = torch.zeros(2, 7, dtype=torch.int32)
+S = torch.ones(2, 7)
+
+# call, what the message must contain
+BAD = {
+    "match-rank": (lambda: tokred.match(X[0], 1), r"match: metric must be \[B, N, D\] or \[B, H, N, D\], got \[7, 4\]"),
+    "match-dtype": (lambda: tokred.match(X.long(), 1), r"match: metric must be float32, .*, got int64"),
+    "match-heads": (
+        lambda: tokred.match(K[:, :0], 1),
+        r"match: metric must be \[B, H, N, D\] with H > 0, got \[2, 0, 7, 8\]",
+    ),
+    "match-prefix": (lambda: tokred.match(X, 1, 8), r"match: prefix must be in \[0, N\] = \[0, 7\], got 8"),
+    "match-prefix-negative": (lambda: tokred.match(X, 1, -1), r"match: prefix must be in \[0, N\] = \[0, 7\], got -1"),
+    "match-weight-shape": (
+        lambda: tokred.match(X, 1, 1, S[:, :6]),
+        r"match: weight must be \[B, N\] = \[2, 7\], got \[2, 6\]",
+    ),
+    "match-weight-dtype": (lambda: tokred.match(X, 1, 1, S.int()), r"match: weight must be float32, .*, got int32"),
+    "match-two-way": (lambda: tokred.match(X, 1, two_way=True), r"match: two_way=True is not implemented yet"),
+    "merge-rank": (lambda: tokred.merge(X[0], A, 3), r"merge: x must be \[B, N, C\], got \[7, 4\]"),
+    "merge-dtype": (lambda: tokred.merge(X.int(), A, 3), r"merge: x must be float32, .*, got int32"),
+    "merge-assign-dtype": (
+        lambda: tokred.merge(X, A[:, :6].long(), 3),
+        r"merge: assign must be int32 \[B, N\] = \[2, 7\], got int64 \[2, 6\]",
+    ),
+    "merge-assign-shape": (
+        lambda: tokred.merge(X, A[:, :6], 3),
+        r"merge: assign must be int32 \[B, N\] = \[2, 7\], got \[2, 6\]",
+    ),
+    "merge-m": (lambda: tokred.merge(X, A, -1), r"merge: m must be at least 0, got -1"),
+    "merge-size-dtype": (lambda: tokred.merge(X, A, 3, S.long()), r"merge: size must be float32, .*, got int64"),
+    "merge-size-bool": (lambda: tokred.merge(X, A, 3, S.bool()), r"merge: size must be float32, .*, got bool"),
+    "merge-size-shape": (
+        lambda: tokred.merge(X, A, 3, S[..., None]),
+        r"merge: size must be \[B, N\] = \[2, 7\], got \[2, 7, 1\]",
+    ),
+    "merge-weight-shape": (
+        lambda: tokred.merge(X, A, 3, S, S[:1]),
+        r"merge: weight must be \[B, N\] = \[2, 7\], got \[1, 7\]",
+    ),
+    "merge-reduce": (
+        lambda: tokred.merge(X, A, 3, reduce="median"),
+        r'merge: reduce must be "mean", "sum" or "amax", got "median"',
+    ),
+    "unmerge-rank": (lambda: tokred.unmerge(X[0], A), r"unmerge: y must be \[B, M, C\], got \[7, 4\]"),
+    "unmerge-assign-rank": (lambda: tokred.unmerge(X, A[0]), r"unmerge: assign must be int32 \[B, N\], got \[7\]"),
+    "unmerge-assign-batch": (
+        lambda: tokred.unmerge(X, A[:1]),
+        r"unmerge: assign must be int32 \[B, N\] = \[2, 7\], got \[1, 7\]",
+    ),
+    "unmerge-assign-dtype": (
+        lambda: tokred.unmerge(X, A.float()),
+        r"unmerge: assign must be int32 .* got float32 \[2, 7\]",
+    ),
+    "match_merge-metric-shape": (
+        lambda: tokred.match_merge(X, K[:, :, :6], 1),
+        r"match_merge: metric must be \[B, H, N, D\] = \[2, 3, 7, 8\], got \[2, 3, 6, 8\]",
+    ),
+    "match_merge-metric-3d": (
+        lambda: tokred.match_merge(X, X[:1], 1),
+        r"match_merge: metric must be \[B, N, D\] = \[2, 7, 4\], got \[1, 7, 4\]",
+    ),
+    "match_merge-x-rank": (
+        lambda: tokred.match_merge(K, K, 1),
+        r"match_merge: x must be \[B, N, C\], got \[2, 3, 7, 8\]",
+    ),
+    "match_merge-prefix": (
+        lambda: tokred.match_merge(X, K, 1, 9),
+        r"match_merge: prefix must be in \[0, N\] = \[0, 7\], got 9",
+    ),
+    "match_merge-size": (
+        lambda: tokred.match_merge(X, K, 1, 1, S.int()),
+        r"match_merge: size must be float32, .*, got int32",
+    ),
+}
+
+
+@pytest.mark.parametrize("where", ["cpu", "reference"])
+@pytest.mark.parametrize("name", BAD)
+def test_refused(name, where):
+    call, message = BAD[name]
+    with tokred.use_backend(where), pytest.raises(RuntimeError, match=message) as raised:
+        call()
+    assert "\n" not in str(raised.value)
+
+
+def test_fakes_refuse_the_same():
+    """A fake says what the kernel would say, so that a compiled model fails at compile time."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for call, message in BAD.values():
+            with pytest.raises(RuntimeError, match=message):
+                call()
+
+
+@pytest.mark.parametrize(
+    "bad, got",
+    [
+        (lambda: torch.randn(2, 7, 4).to_sparse(), "layout torch.sparse_coo"),
+        (lambda: torch.quantize_per_tensor(torch.randn(2, 7, 4), 0.1, 0, torch.qint8), "a quantized tensor"),
+    ],
+    ids=["sparse", "quantized"],
+)
+def test_refuses_tensors_that_are_not_dense(bad, got):
+    for op, argument, call in [
+        ("match", "metric", lambda t: tokred.match(t, 1)),
+        ("merge", "x", lambda t: tokred.merge(t, A, 3)),
+        ("unmerge", "y", lambda t: tokred.unmerge(t, A)),
+        ("match_merge", "x", lambda t: tokred.match_merge(t, K, 1)),
+    ]:
+        with pytest.raises(RuntimeError, match=f"{op}: {argument} must be a dense tensor, got {got}"):
+            call(bad())
+
+
+def test_refuses_a_mix_of_devices():
+    with pytest.raises(RuntimeError, match="merge: assign must be on meta, got cpu"):
+        tokred.merge(X.to("meta"), A, 3)
+
+
+@pytest.mark.parametrize("bad", [-2, 3, 2**31 - 1, -(2**31)])
+def test_hostile_assign_means_dropped_and_is_an_error_under_debug(bad):
+    assign = A.clone()
+    assign[0, 3] = bad
+    out, size = tokred.merge(X, assign, 3)
+    assert size.tolist() == [[6, 0, 0], [7, 0, 0]]
+    assert tokred.unmerge(out, assign)[0, 3].abs().sum() == 0
+
+    code = f"""
+import torch, tokred_kernels as tokred
+assign = torch.zeros(2, 7, dtype=torch.int32); assign[0, 3] = {bad}
+for name, call in [("merge", lambda a: tokred.merge(torch.ones(2, 7, 4), a, 3)), ("unmerge", lambda a: tokred.unmerge(torch.ones(2, 3, 4), a))]:
+    call(assign.clamp(-1, 2))
+    try:
+        call(assign)
+    except RuntimeError as error:
+        print(str(error).splitlines()[0])
+"""
+    shown = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "TOKRED_DEBUG": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    for op in ("merge", "unmerge"):
+        assert f"{op}: assign must be in [-1, m) = [-1, 3) under TOKRED_DEBUG=1, got {bad}" in shown.stdout

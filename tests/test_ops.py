@@ -1,0 +1,168 @@
+"""Every op on the CPU, by every instruction set and by the reference, over the table of cases against the oracle."""
+
+import pytest
+import torch
+from cases import MATCH_CASES, MERGE_CASES
+from oracle import check_assign, check_merge
+
+import tokred_kernels as tokred
+
+REDUCE = ("mean", "sum", "amax")
+
+
+def _backends() -> list:
+    found = [pytest.param(("reference", ""), id="reference")]
+    for isa in ("avx512", "avx2", "portable"):
+        try:
+            with tokred.use_backend("cpu", isa=isa):
+                marks = ()
+        except RuntimeError as error:
+            marks = pytest.mark.skip(reason=str(error))
+        found.append(pytest.param(("cpu", isa), id=isa, marks=marks))
+    return found
+
+
+@pytest.fixture(params=_backends(), scope="module")
+def backend(request):
+    name, isa = request.param
+    with tokred.use_backend(name, isa=isa):
+        yield name
+
+
+def by_id(cases):
+    return pytest.mark.parametrize("case", cases, ids=lambda c: c.id)
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Bitwise equal."""
+    return (
+        a.dtype == b.dtype
+        and a.shape == b.shape
+        and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+    )
+
+
+def with_float64(cases):
+    """The float32 cases again in float64, which the CPU and the reference have for gradcheck."""
+    import dataclasses
+
+    return cases + [dataclasses.replace(c, dtype=torch.float64) for c in cases if c.dtype == torch.float32]
+
+
+@by_id(with_float64(MATCH_CASES))
+def test_match(case, backend, poisoned):
+    metric, weight = case.metric(), case.weight()
+    before = metric.clone(), None if weight is None else weight.clone()
+    assign = tokred.match(metric, case.r, case.p, weight, power=case.power)
+    check_assign(assign, metric, case.r, case.p, weight, case.power)
+    assert same(metric, before[0])
+    assert weight is None or same(weight, before[1])
+
+
+@by_id(with_float64(MATCH_CASES))
+def test_match_merge(case, backend, poisoned):
+    x, metric, size = case.x(), case.metric(), case.size()
+    before = [t.clone() for t in (x, metric, size)]
+    out, size_out, assign = tokred.match_merge(x, metric, case.r, case.p, size)
+    assert same(assign, tokred.match(metric, case.r, case.p))
+    M = case.N - max(0, min(case.r, (case.N - case.p) // 2))
+    check_merge((out, size_out), x, assign, M, size)
+    assert same(out[:, : case.p], x[:, : case.p])  # the prefix, bit for bit
+    assert all(same(a, b) for a, b in zip((x, metric, size), before, strict=True))
+    storages = {t.untyped_storage().data_ptr() for t in (x, metric, size) if t.numel()}
+    assert not storages & {t.untyped_storage().data_ptr() for t in (out, size_out, assign) if t.numel()}
+
+
+@pytest.mark.parametrize("reduce", REDUCE)
+@by_id(with_float64(MERGE_CASES))
+def test_merge(case, reduce, backend, poisoned):
+    x, assign, size, weight = case.x(), case.assign(), case.per_token("size"), case.per_token("weight")
+    before = [None if t is None else t.clone() for t in (x, assign, size, weight)]
+    got = tokred.merge(x, assign, case.M, size, weight, reduce=reduce)
+    check_merge(got, x, assign, case.M, size, weight, reduce)
+    assert got[1].dtype == (torch.float64 if x.dtype == torch.float64 else torch.float32)
+    assert all(a is None or same(a, b) for a, b in zip((x, assign, size, weight), before, strict=True))
+
+
+@by_id(with_float64(MERGE_CASES))
+def test_unmerge(case, backend, poisoned):
+    y, assign = case.y(), case.assign()
+    x = tokred.unmerge(y, assign)
+    assert x.shape == (case.B, case.N, case.C)
+    rows = assign.long()
+    kept = (rows >= 0) & (rows < case.M)
+    want = torch.zeros(case.B, case.N, case.C, dtype=y.dtype)
+    for b in range(case.B):
+        want[b, kept[b]] = y[b, rows[b, kept[b]]]
+    assert same(x, want)
+
+
+@by_id([c for c in MATCH_CASES if c.B > 1])
+def test_match_one_image_alone_equals_the_batch(case, backend):
+    x, metric, size = case.x(), case.metric(), case.size()
+    batch = tokred.match_merge(x, metric, case.r, case.p, size)
+    for b in range(case.B):
+        alone = tokred.match_merge(x[b : b + 1], metric[b : b + 1], case.r, case.p, size[b : b + 1])
+        assert all(same(one, whole[b : b + 1]) for one, whole in zip(alone, batch, strict=True))
+
+
+@pytest.mark.parametrize("reduce", REDUCE)
+@by_id([c for c in MERGE_CASES if c.B > 1])
+def test_merge_one_image_alone_equals_the_batch(case, reduce, backend):
+    x, assign, size, weight = case.x(), case.assign(), case.per_token("size"), case.per_token("weight")
+    batch = tokred.merge(x, assign, case.M, size, weight, reduce=reduce)
+    for b in range(case.B):
+        one = [None if t is None else t[b : b + 1] for t in (x, assign, size, weight)]
+        alone = tokred.merge(one[0], one[1], case.M, one[2], one[3], reduce=reduce)
+        assert all(same(a, whole[b : b + 1]) for a, whole in zip(alone, batch, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_bitwise_equal_over_threads_and_runs(backend, dtype):
+    g = torch.Generator().manual_seed(0)
+    x, k = torch.randn(8, 197, 384, generator=g).to(dtype), torch.randn(8, 6, 197, 64, generator=g).to(dtype)
+    size = torch.randint(1, 9, (8, 197), generator=g).float()
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for n in (1, 2, 2, 5):
+            torch.set_num_threads(n)
+            merged = tokred.match_merge(x, k, 40, 1, size)
+            results.append([*merged, tokred.unmerge(merged[0], merged[2])])
+    finally:
+        torch.set_num_threads(threads)
+    for again in results[1:]:
+        assert all(same(a, b) for a, b in zip(results[0], again, strict=True))
+
+
+def test_the_same_assignment_twice(backend):
+    """An assignment is a value: it carries no state from one use to the next."""
+    case = MERGE_CASES[0]
+    x, assign, size = case.x(), case.assign(), case.per_token("size")
+    first = tokred.merge(x, assign, case.M, size)
+    again = tokred.merge(x, assign, case.M, size)
+    assert all(same(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_precision_on_nearly_tied_keys(backend):
+    """ViT-like keys, whose deciding gaps are 1e-5: a metric rounded to half would decide most images otherwise."""
+    g = torch.Generator().manual_seed(0)
+    k = 4 * torch.randn(1, 6, 1, 64, generator=g) + 0.4 * torch.randn(16, 6, 197, 64, generator=g)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        keys = k.to(dtype)
+        assert check_assign(tokred.match(keys, 13), keys, 13, 1) >= 8  # the others are closer than the precision rule
+        rounded = (keys.float().mean(1) / keys.float().mean(1).norm(dim=-1, keepdim=True)).bfloat16()
+        assert not torch.equal(tokred.match(rounded, 13), tokred.match(keys, 13))  # the test can tell
+
+
+def test_cpu_reads_no_further_than_the_last_rank_in_float64():
+    """Regression: 5 rows in AVX2's 4 lanes of double were ranked with 2 lanes of uninitialised memory."""
+    case = next(c for c in MATCH_CASES if c.N == 9 and c.D == 3)
+    metric = case.metric().double()
+    for isa in ("avx512", "avx2", "portable"):
+        try:
+            with tokred.use_backend("cpu", isa=isa):
+                assign = tokred.match(metric, case.r, case.p)
+        except RuntimeError:
+            continue
+        check_assign(assign, metric, case.r, case.p)

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 LABELS = {
     "dense": "dense",
-    "oracle": "oracle (tokens sliced, free)",
-    "oracle_masked": "oracle with key mask",
-    "plain_sdpa": "{method}, plain PyTorch, SDPA",
-    "plain_explicit": "{method}, plain PyTorch",
+    "oracle": "oracle",
+    "oracle_masked": "oracle + key mask",
+    "plain_sdpa": "{method}, PyTorch + SDPA",
+    "plain_explicit": "{method}, PyTorch",
 }
 
 
@@ -49,63 +49,57 @@ def show(record: dict) -> None:
     from rich.console import Console
 
     console = Console(highlight=False, soft_wrap=True)
-    method, size = record["method"], "x".join(map(str, record["image_size"]))
-    where = record["machine"]["gpus"][0]["name"] if record["device"].startswith("cuda") else _cpu(record)
-    console.print(f"[bold]{record['model']}[/], {method} r={record['r']}, {record['weights']} weights, {record['dtype']}")
-    console.print(f"{len(record['images'])} images of {size}, {record['batch_size']} a call, on {where}")
-    tokens, macs = record["tokens"], record["macs"]
-    console.print(
-        f"tokens {tokens[0]} -> {tokens[-1]}, GMACs an image {macs['dense'] / 1e9:.2f} -> {macs['reduced'] / 1e9:.2f}"
-    )
-    console.print(_checks(record["agreement"]))
+    for line in _heading(record):
+        console.print(line)
     if "timing" not in record:
         console.print("[bold red]the results disagree: nothing was timed[/]")
         return
     console.print(_table(record))
-    rounds = record["timing"]["dense"]["rounds"]
     statistic = "median" if record["device"].startswith("cuda") else "fastest"
     console.print(
-        f"{statistic} of {rounds} interleaved rounds; RE = time of the oracle / time of the variant, "
-        "sdpa: oracle without mask, self: with the attention call of the method"
+        f"The {statistic} of {record['timing']['dense']['rounds']} interleaved rounds. Oracle: the same model, its "
+        "tokens sliced,\nreduction for free. RE: time of the oracle, without mask (sdpa) or with the attention\n"
+        "call of the method (self), over time of the variant. Top-1, cosine: against dense."
     )
 
 
-def _cpu(record: dict) -> str:
-    cpu = record["machine"]["cpu"]
-    return f"{cpu['name']} ({cpu['isa']}), {cpu['threads']} thread{'s' * (cpu['threads'] != 1)}"
-
-
-def _checks(check: dict) -> str:
-    parts = [
-        f"checked: {check['steps']} steps against the reference, {check['wrong']} of {check['tokens']} tokens wrong, "
-        f"{check['near_ties']} near-ties, error {check['step_error']:.1e}",
-        *(f"cosine of logits with the {name} form {value:.6f}" for name, value in check["cosine_with"].items()),
-    ]
-    return "; ".join(parts)
+def _heading(record: dict) -> Iterator[str]:
+    cpu, check = record["machine"]["cpu"], record["agreement"]
+    size, tokens, macs = "x".join(map(str, record["image_size"])), record["tokens"], record["macs"]
+    where = f"{cpu['name']} ({cpu['isa']}), {cpu['threads']} thread{'s' * (cpu['threads'] != 1)}"
+    if record["device"].startswith("cuda"):
+        where = record["machine"]["gpus"][0]["name"]
+    yield f"[bold]{record['model']}[/], {record['method']} r={record['r']}, {record['weights']} weights"
+    yield f"{len(record['images'])} images of {size}, {record['batch_size']} a call, {record['dtype']}, on {where}"
+    yield f"tokens {tokens[0]} -> {tokens[-1]}, GMACs an image {macs['dense'] / 1e9:.2f} -> {macs['reduced'] / 1e9:.2f}"
+    yield (
+        f"{check['steps']} reduction steps against the reference: {check['wrong']} of {check['tokens']} tokens wrong, "
+        f"{check['near_ties']} near-ties, error {check['step_error']:.1e}"
+    )
+    yield "cosine of the logits: " + ", ".join(
+        f"{value:.6f} with the {name} form" for name, value in check["cosine_with"].items()
+    )
 
 
 def _table(record: dict):
+    from rich.box import SIMPLE
     from rich.table import Table
 
     method, dense = record["method"], record["agreement"]["dense"]
-    found = Table("variant", *(f"{title}" for title in ("images/s", "ms", "speed-up", "ideal", "RE sdpa", "RE self")))
-    found.add_column("top-1 = dense")
-    found.add_column("cosine")
-    for column in found.columns[1:]:
-        column.justify = "right"
-    for column in found.columns:
-        column.no_wrap = True
+    found = Table(box=SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
+    found.add_column("variant", no_wrap=True)
+    titles = ("images\n/s", "\nms", "speed\n-up", "MAC\nideal", "RE\nsdpa", "RE\nself", "same\ntop-1", "\ncosine")
+    for title in titles:
+        found.add_column(title, justify="right", no_wrap=True)
     for name, row in record["timing"].items():
         own = name == method
-        ratio = lambda value: "" if value is None else f"{value:.3f}"  # noqa: E731
         found.add_row(
             label(name, method),
             f"{row['images_per_second']:.1f}",
             f"{1e3 * record['batch_size'] / row['images_per_second']:.2f}",
-            f"{row['speedup']:.3f}",
-            "" if name == "dense" else f"{record['ideal_speedup']:.3f}",
-            ratio(row["re_sdpa"]),
-            ratio(row["re_self"]),
+            f"{row['speedup']:.2f}",
+            "" if name == "dense" else f"{record['ideal_speedup']:.2f}",
+            *("" if row[key] is None else f"{row[key]:.3f}" for key in ("re_sdpa", "re_self")),
             f"{dense['same_top1']}/{dense['images']}" if own else "",
             f"{dense['cosine']:.4f}" if own else "",
             style="bold" if own else None,

@@ -185,7 +185,7 @@ class _Reduced:
         grids = [y[:, self.num_prefix_tokens :] for y in grids]
         if output_fmt == "NCHW":
             H, W = self.patch_embed.dynamic_feat_size(image)
-            grids = [y.reshape(y.shape[0], H, W, -1).permute(0, 3, 1, 2).contiguous() for y in grids]
+            grids = [y.unflatten(1, (H, W)).permute(0, 3, 1, 2).contiguous() for y in grids]
         return_prefix_tokens = return_prefix_tokens and self.num_prefix_tokens > 0
 
         if output_dict:

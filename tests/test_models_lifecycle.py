@@ -1,0 +1,352 @@
+"""A patched model lives as an ordinary module: removal, copies, checkpointing, dense outputs, heads, threads, sizes."""
+
+import copy
+import io
+import itertools
+import pickle
+import threading
+
+import pytest
+import torch
+from timm.layers import set_reentrant_ckpt
+from timm.models.vision_transformer import Block, VisionTransformer
+from vits import TINY, images, tiny
+
+import tokred_kernels as tokred
+
+
+def patched(name="deit", r=5, **options):
+    return tokred.apply(tiny(name, **options), "tome", r=r)
+
+
+def run(model, x=None):
+    with torch.no_grad():
+        return model(images() if x is None else x)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_remove_restores_exactly(name):
+    model, twin = tiny(name), tiny(name)
+    before = {n: (type(m), set(vars(m))) for n, m in model.named_modules()}
+    parameters = [id(p) for p in model.parameters()]
+    keys = list(model.state_dict())
+    assert tokred.apply(model, "tome", r=5) is model
+    assert list(model.state_dict()) == keys and [id(p) for p in model.parameters()] == parameters
+    assert isinstance(model, VisionTransformer) and all(isinstance(b, Block) for b in model.blocks)
+    assert tokred.remove(model) is model
+    assert {n: (type(m), set(vars(m))) for n, m in model.named_modules()} == before
+    assert torch.equal(run(model), run(twin))
+
+
+def test_remove_of_an_unpatched_model_does_nothing():
+    model = tiny("deit")
+    assert tokred.remove(model) is model and type(model) is VisionTransformer
+    linear = torch.nn.Linear(2, 2)
+    assert tokred.remove(linear) is linear
+
+
+def test_apply_after_remove_takes_other_options():
+    model = patched(r=5)
+    tokred.apply(tokred.remove(model), "tome", r=2)
+    assert torch.equal(run(model), run(patched(r=2)))
+
+
+def test_a_deepcopy_is_removed_on_its_own():
+    model = patched()
+    want = run(model)
+    other = copy.deepcopy(model)
+    assert torch.equal(run(other), want)
+    tokred.remove(other)
+    assert torch.equal(run(other), run(tiny("deit")))
+    assert torch.equal(run(model), want)
+
+
+def test_a_deepcopied_model_is_patched_apart_from_its_original():
+    model = tiny("deit")
+    tokred.apply(copy.deepcopy(model), "tome", r=5)
+    assert type(model) is VisionTransformer
+
+
+def test_torch_save_pickle_and_state_dict():
+    model = patched("gap-reg4-nocls")
+    want = run(model)
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    assert torch.equal(run(torch.load(buffer, weights_only=False)), want)
+    assert torch.equal(run(pickle.loads(pickle.dumps(model))), want)
+    other = patched("gap-reg4-nocls", seed=9)
+    other.load_state_dict(tiny("gap-reg4-nocls").state_dict())
+    assert torch.equal(run(other), want)
+
+
+def gradients(model, x, seed=0):
+    torch.manual_seed(seed)
+    model.zero_grad()
+    model(x).square().sum().backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("name", ["deit", "gap-reg4-nocls", "siglip-map"])
+def test_gradient_checkpointing_changes_nothing(name, reentrant):
+    model = patched(name, drop_path_rate=0.2, proj_drop_rate=0.1, attn_drop_rate=0.1, r=[0, 5, 0, 3]).train()
+    want = gradients(model, images())
+    model.set_grad_checkpointing(True)
+    set_reentrant_ckpt(reentrant)
+    try:
+        got = gradients(model, images())
+    finally:
+        set_reentrant_ckpt(False)
+    assert got.keys() == want.keys()
+    for n in want:
+        assert torch.equal(got[n], want[n]), n
+
+
+def test_checkpointed_dense_outputs_change_nothing():
+    model = patched("deit")
+    want = run(model.forward_intermediates)
+    model.set_grad_checkpointing(True)
+    for reentrant in (False, True):
+        set_reentrant_ckpt(reentrant)
+        try:
+            got = model.forward_intermediates(images())
+        finally:
+            set_reentrant_ckpt(False)
+        assert torch.equal(got[0], want[0]) and all(torch.equal(a, b) for a, b in zip(got[1], want[1], strict=True))
+
+
+@pytest.mark.parametrize("name", ["deit", "gap-reg4-nocls", "siglip-map", "avgmax", "qk_norm"])
+def test_gradients_are_those_of_a_gather_through_the_same_assignment(name):
+    """Against merging with index_add in the same places: the matching itself has no gradient."""
+    model = patched(name).double()
+    want = gradients(model, images().double())
+    assert all(g.isfinite().all() for g in want.values())
+
+    def by_index_add(x, metric, r, prefix=1, size=None):
+        out, size_out, assign = kernel(x.detach(), metric.detach(), r, prefix, size)
+        rows = assign.long()[..., None].expand_as(x)
+        w = torch.ones(x.shape[:2], dtype=x.dtype) if size is None else size
+        total = torch.zeros_like(out).scatter_add(1, rows, x * w[..., None])
+        return total / size_out[..., None], size_out, assign
+
+    kernel = torch.ops.tokred.match_merge
+    try:
+        torch.ops.tokred.match_merge = by_index_add
+        got = gradients(model, images().double())
+    finally:
+        torch.ops.tokred.match_merge = kernel
+    for n in want:
+        torch.testing.assert_close(got[n], want[n], rtol=1e-9, atol=1e-9)
+
+
+def test_training_with_every_kind_of_dropout_gives_finite_gradients():
+    rates = dict(drop_path_rate=0.3, proj_drop_rate=0.1, attn_drop_rate=0.2, pos_drop_rate=0.1, patch_drop_rate=0.25)
+    model = patched("cls-reg9", drop_rate=0.1, **rates).train()
+    assert all(g.isfinite().all() for g in gradients(model, images()).values())
+    assert not torch.equal(model(images()), model(images()))
+
+
+def manual_grids(model, x, norm):
+    """[B, N0, C] after each block, every token with the value of its row."""
+    with torch.no_grad():
+        rows, size = model._embed(x), None
+        grids, source = [], torch.arange(rows.shape[1]).expand(len(x), -1)
+        for block, r in zip(model.blocks, model.tokred_schedule, strict=True):
+            rows, size, assign = block(rows, size, r, True)
+            if assign is not None:
+                source = assign.long().gather(1, source)
+            y = model.norm(rows) if norm else rows
+            grids.append(y.gather(1, source[..., None].expand(-1, -1, y.shape[2])))
+    return grids
+
+
+INDICES = [(None, [0, 1, 2, 3]), (2, [2, 3]), ([0, 2], [0, 2])]
+FLAGS = ("norm", "stop_early", "intermediates_only", "output_dict", "return_prefix_tokens")
+
+
+@pytest.mark.parametrize("flags", list(itertools.product((False, True), repeat=len(FLAGS))), ids=str)
+@pytest.mark.parametrize("name", ["deit", "dinov2-reg4", "gap"])
+def test_forward_intermediates_gives_the_full_grid_under_all_options(name, flags):
+    options = dict(zip(FLAGS, flags, strict=True))
+    model, dense, x = patched(name, r=[0, 5, 0, 3]), tiny(name), images()
+    p = model.num_prefix_tokens
+    expected = {norm: manual_grids(model, x, norm) for norm in (False, True)}
+    for (indices, taken), output_fmt in itertools.product(INDICES, ("NCHW", "NLC")):
+        with torch.no_grad():
+            got = model.forward_intermediates(x, indices, output_fmt=output_fmt, **options)
+            like = dense.forward_intermediates(x, indices, output_fmt=output_fmt, **options)
+        assert shapes(got) == shapes(like)
+        grids, prefixes, final = take_apart(got, p, options)
+        for n, index in enumerate(taken):
+            want = expected[options["norm"]][index]
+            flat = grids[n].flatten(2).transpose(1, 2) if output_fmt == "NCHW" else grids[n]
+            assert torch.equal(flat, want[:, p:])
+            assert prefixes is None or torch.equal(prefixes[n], want[:, :p])
+        if final is not None:
+            assert torch.equal(final, expected[True][taken[-1] if options["stop_early"] else 3])
+
+
+def shapes(results):
+    """The structure of results, with shapes for tensors."""
+    if isinstance(results, dict):
+        return {key: shapes(value) for key, value in results.items()}
+    return results.shape if isinstance(results, torch.Tensor) else [type(results), *map(shapes, results)]
+
+
+def take_apart(results, p, options):
+    """(grids, prefixes or None, final or None) of what forward_intermediates returns."""
+    final = prefixes = None
+    if options["output_dict"]:
+        names = ("image_intermediates", "image_intermediates_prefix", "image_features")
+        return tuple(results.get(name) for name in names)
+    if not options["intermediates_only"]:
+        final, results = results
+    if options["return_prefix_tokens"] and p:
+        results, prefixes = zip(*results, strict=True)
+    return results, prefixes, final
+
+
+def test_get_intermediate_layers():
+    model = patched("dinov2-reg4")
+    with torch.no_grad():
+        got = model.get_intermediate_layers(images(), 2, reshape=True, return_prefix_tokens=True, norm=True)
+        want = model.forward_intermediates(images(), 2, return_prefix_tokens=True, norm=True, intermediates_only=True)
+    assert len(got) == 2 and got[0][0].shape == (2, 32, 6, 6) and got[0][1].shape == (2, 5, 32)
+    assert all(torch.equal(a, b) for x, y in zip(got, want, strict=True) for a, b in zip(x, y, strict=True))
+
+
+def test_dropped_tokens_are_zero_on_the_full_grid():
+    from tokred_kernels.models.timm import _full_grid
+
+    y = torch.randn(1, 3, 4)
+    source = torch.tensor([[0, -1, 2, 1]], dtype=torch.int32)
+    assert torch.equal(_full_grid(y, source)[0], torch.stack([y[0, 0], torch.zeros(4), y[0, 2], y[0, 1]]))
+
+
+@pytest.mark.parametrize("name", ["deit", "distilled", "gap", "avgmax", "max", "siglip-map", "prr-avg", "no-pool"])
+def test_forward_head_alone(name):
+    """Pooled heads refuse reduced tokens without sizes, take them with sizes, and take unmerged tokens."""
+    model = patched(name)
+    with torch.no_grad():
+        want = model(images())
+        features, size = model._reduce(images(), None, False)
+        assert torch.equal(model.forward_features(images()), features)
+        torch.testing.assert_close(model.forward_head(features, size=size), want)
+        if name in ("gap", "avgmax", "siglip-map", "prr-avg"):
+            with pytest.raises(ValueError, match="forward_head: .* pooling must weigh reduced tokens"):
+                model.forward_head(features)
+        else:
+            assert torch.equal(model.forward_head(features), want)
+        if name != "no-pool":
+            full = model.forward_intermediates(images())[0]
+            torch.testing.assert_close(model.forward_head(full), want, rtol=1e-4, atol=1e-4)
+
+
+def test_forward_head_alone_is_refused_where_the_full_count_is_unknown():
+    model = patched("gap", dynamic_img_size=True)
+    with torch.no_grad(), pytest.raises(ValueError, match="pass size="):
+        model.forward_head(model.forward_features(images()))
+
+
+@pytest.mark.parametrize("name", ["deit", "gap", "siglip-map", "distilled"])
+def test_batch_size_and_resolution_may_change_from_forward_to_forward(name):
+    model = patched(name, dynamic_img_size=True)
+    for batch, side in [(2, 48), (1, 48), (3, 64), (2, 32), (2, 48)]:
+        fresh = patched(name, dynamic_img_size=True)
+        x = images(batch, side)
+        assert torch.equal(run(model, x), run(fresh, x))
+        assert run(model.forward_intermediates, x)[1][-1].shape == (batch, 32, side // 8, side // 8)
+
+
+@pytest.mark.parametrize("name", [name for name in TINY if name != "no-prefix"])  # there timm itself fails
+def test_an_empty_batch_gives_empty_results(name):
+    model = patched(name)
+    assert run(model, images(0)).shape == (0, *run(model).shape[1:])
+    final, grids = run(model.forward_intermediates, images(0))
+    assert grids[-1].shape == (0, 32, 6, 6) and final.shape[0] == 0
+
+
+def test_set_input_size_of_a_patched_model():
+    model = patched("gap")
+    model.set_input_size(64)
+    with torch.no_grad():
+        full = model.forward_intermediates(images(2, 64))[0]
+        torch.testing.assert_close(model.forward_head(full), model(images(2, 64)), rtol=1e-4, atol=1e-4)
+
+
+def test_pruned_blocks_and_a_new_classifier_keep_the_schedule():
+    model = patched("deit", r=[5, 4, 3, 2])
+    model.prune_intermediate_layers(1)
+    assert [b.shape[1] for b in (run(model.forward_features),)] == [37 - 5 - 4 - 3 - 2]
+    model.prune_intermediate_layers([1])
+    assert run(model.forward_features).shape[1] == 37 - 5 - 4
+    tokred.remove(model)
+    model = patched("deit")
+    model.reset_classifier(3)
+    assert run(model).shape == (2, 3)
+
+
+@pytest.mark.parametrize("head", ["", "avg"])
+def test_reset_classifier_may_change_the_pool(head):
+    model = patched("deit")
+    model.reset_classifier(3, head)
+    dense = tiny("deit")
+    dense.reset_classifier(3, head)
+    assert run(model).dim() == run(dense).dim()
+
+
+def test_more_tokens_than_there_are_are_never_removed():
+    model = patched("deit", r=10**6, img_size=8)  # one patch
+    assert torch.equal(run(model, images(2, 8)), run(tiny("deit", img_size=8), images(2, 8)))
+
+
+def test_interleaved_forwards_do_not_mix():
+    model, x, y = patched("gap"), images(2, seed=1), images(3, seed=2)
+    want = run(model, x), run(model, y)
+    with torch.no_grad():
+        a, b = model._embed(x), model._embed(y)
+        a_size = b_size = None
+        for block, r in zip(model.blocks, model.tokred_schedule, strict=True):
+            a, a_size = block(a, a_size, r)
+            b, b_size = block(b, b_size, r)
+        assert torch.equal(model.forward_head(model.norm(a), size=a_size), want[0])
+        assert torch.equal(model.forward_head(model.norm(b), size=b_size), want[1])
+
+
+def test_two_threads_share_a_model():
+    model = patched("gap")
+    inputs = [images(2, seed=1), images(3, seed=2)]
+    want = [run(model, x) for x in inputs]
+    results: list[list] = [[], []]
+
+    def work(n):
+        for _ in range(20):
+            results[n].append(run(model, inputs[n]))
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in (0, 1)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    for n in (0, 1):
+        assert len(results[n]) == 20 and all(torch.equal(y, want[n]) for y in results[n])
+
+
+def test_block_hooks_of_the_user_run():
+    model, seen = patched("deit"), []
+    model.blocks[1].register_forward_hook(lambda m, args, out: seen.append((args[0].shape[1], out[0].shape[1])))
+    run(model)
+    assert seen == [(32, 27)]
+
+
+def test_attn_mask_and_is_causal_are_refused_in_every_forward():
+    model, x = patched("deit"), images()
+    mask = torch.zeros(37, 37)
+    for call in (model, model.forward_features, model.forward_intermediates):
+        with pytest.raises(ValueError, match="attn_mask"):
+            call(x, attn_mask=mask)
+        with pytest.raises(ValueError, match="is_causal"):
+            call(x, is_causal=True)
+    with pytest.raises(ValueError, match="attn_mask"):
+        model.get_intermediate_layers(x, attn_mask=mask)

@@ -1,0 +1,161 @@
+"""What apply and remove refuse, with the reason, and without having changed anything."""
+
+import re
+from functools import partial
+
+import numpy as np
+import pytest
+import timm
+import torch
+from timm.layers import Attention, GlobalResponseNormMlp
+from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
+from torch import nn
+from torch.nn.parallel import DataParallel
+from vits import tiny
+
+import tokred_kernels as tokred
+
+SMALL = dict(img_size=32, depth=2, embed_dim=32, num_heads=2)
+vit = partial(VisionTransformer, patch_size=8, **SMALL)
+
+
+class MyAttention(Attention):
+    pass
+
+
+class MyBlock(Block):
+    pass
+
+
+def replaced_forward(path):
+    model = tiny("deit")
+    module = model.get_submodule(path)
+    module.forward = module.forward
+    return model
+
+
+def compiled_block():
+    model = tiny("deit")
+    model.blocks[1] = torch.compile(model.blocks[1])
+    return model
+
+
+def compiled_in_place():
+    model = tiny("deit")
+    model.compile()
+    return model
+
+
+def gated():
+    model = tiny("deit")
+    model.blocks[1].attn = Attention(32, num_heads=2, gated=True)
+    return model
+
+
+def pooled_with_positions():
+    model = tiny("siglip-map")
+    model.attn_pool.pos_embed = nn.Parameter(torch.zeros(36, 32))
+    return model
+
+
+REFUSED = {
+    "swin": (lambda: timm.create_model("swin_tiny_patch4_window7_224", depths=(1, 1, 1, 1)), "SwinTransformer .*window"),
+    "resnet": (lambda: timm.create_model("resnet18"), "ResNet .*no tokens"),
+    "eva02": (lambda: timm.create_model("eva02_tiny_patch14_224", depth=1), "Eva .*rotary"),
+    "rope": (lambda: timm.create_model("vit_base_patch16_rope_reg1_gap_256", depth=1), "Eva .*rotary"),
+    "parallel scaling": (lambda: timm.create_model("vit_base_patch16_xp_224", depth=1), "ParallelScalingBlock .*parallel"),
+    "parallel things": (lambda: timm.create_model("vit_small_patch16_18x2_224", depth=1), "ParallelThingsBlock .*parallel"),
+    "post-norm": (lambda: vit(block_fn=ResPostBlock), "ResPostBlock .*normalises after"),
+    "DiffAttention": (lambda: timm.create_model("vit_dlittle_patch16_reg1_gap_256", depth=1), "DiffAttention .*two"),
+    "gated": (gated, r"blocks\.1\.attn is gated"),
+    "attention subclass": (lambda: vit(attn_layer=MyAttention), r"blocks\.0\.attn is MyAttention"),
+    "block subclass": (lambda: vit(block_fn=MyBlock), r"blocks\.0 is MyBlock"),
+    "mlp": (lambda: vit(mlp_layer=lambda norm_layer=None, **k: GlobalResponseNormMlp(**k)), r"mlp is GlobalResponseNormMlp"),
+    "subclass": (lambda: type("MyViT", (VisionTransformer,), {})(patch_size=8, **SMALL), "MyViT"),
+    "features_only": (lambda: timm.create_model("deit_tiny_patch16_224", features_only=True), "FeatureGetterNet"),
+    "linear": (lambda: nn.Linear(2, 2), "Linear"),
+    "compiled": (lambda: torch.compile(tiny("deit")), "compiled; apply first"),
+    "compiled in place": (compiled_in_place, "compiled; apply first"),
+    "compiled block": (compiled_block, r"blocks\.1 is compiled; apply first"),
+    "data parallel": (lambda: DataParallel(tiny("deit")), "DataParallel; apply first"),
+    "model.forward": (lambda: replaced_forward(""), "forward of the model was replaced"),
+    "block.forward": (lambda: replaced_forward("blocks.1"), r"forward of blocks\.1 was replaced"),
+    "attn.forward": (lambda: replaced_forward("blocks.1.attn"), r"forward of blocks\.1\.attn was replaced"),
+    "attn_pool positions": (pooled_with_positions, "attn_pool has position embeddings"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_not_understood_is_refused_and_left_alone(name):
+    make, reason = REFUSED[name]
+    model = make()
+    before = [(type(m), set(vars(m))) for m in model.modules()]
+    with pytest.raises(ValueError, match=reason) as error:
+        tokred.apply(model, "tome", r=1)
+    assert str(error.value).startswith("apply: ") and "\n" not in str(error.value)
+    assert [(type(m), set(vars(m))) for m in model.modules()] == before
+
+
+BAD_OPTIONS = {
+    "unknown method": (dict(method="tomato", r=1), "apply: unknown method 'tomato'; there is tome"),
+    "unknown option": (dict(r=1, keep_rate=0.5), "apply: tome has no option 'keep_rate'; it takes r, prop_attn"),
+    "no r": (dict(), "apply: tome needs the option r="),
+    "negative": (dict(r=-1), "tome: r must be at least 0, got -1"),
+    "negative entry": (dict(r=[3, -1]), "tome: r must be at least 0, got [3, -1]"),
+    "negative with inflection": (dict(r=(-3, 0.5)), "tome: r must be at least 0, got (-3, 0.5)"),
+    "inflection above": (dict(r=(8, 1.5)), "r: the inflection must be in [-1, 1], got 1.5"),
+    "inflection nan": (dict(r=(8, float("nan"))), "r: the inflection must be in [-1, 1], got nan"),
+    "inflection text": (dict(r=(8, "x")), "r: the inflection must be in [-1, 1], got 'x'"),
+    "float": (dict(r=8.0), "r must be an int, (int, inflection) or a list of ints, got 8.0"),
+    "bool": (dict(r=True), "r must be an int, (int, inflection) or a list of ints, got True"),
+    "text": (dict(r="8"), "r must be an int, (int, inflection) or a list of ints, got '8'"),
+    "triple": (dict(r=(8, 1, 2)), "r must be an int, (int, inflection) or a list of ints, got (8, 1, 2)"),
+    "float entry": (dict(r=[8, 0.5]), "r must be an int, (int, inflection) or a list of ints, got [8, 0.5]"),
+    "prop_attn": (dict(r=1, prop_attn="no"), "tome: prop_attn must be True or False, got 'no'"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_OPTIONS)
+def test_bad_options_are_refused_and_the_model_left_alone(name):
+    options, message = BAD_OPTIONS[name]
+    model = tiny("deit")
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        tokred.apply(model, **{"method": "tome", **options})
+    assert type(model) is VisionTransformer and not hasattr(model, "tokred_method")
+
+
+def test_integers_of_numpy_are_integers():
+    tokred.apply(tiny("deit"), "tome", r=np.int64(3))
+
+
+def test_a_patched_model_is_not_patched_again():
+    model = tokred.apply(tiny("deit"), "tome", r=1)
+    with pytest.raises(ValueError, match="patched already"):
+        tokred.apply(model, "tome", r=2)
+
+
+def test_distributed_wrappers_are_recognised_by_name():
+    """DDP and FSDP need a process group; their classes are enough."""
+    for name in ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"):
+        wrapper = type(name, (nn.Module,), {})
+        outer = wrapper()
+        outer.module = tiny("deit")
+        with pytest.raises(ValueError, match=f"the model is wrapped in {name}; apply first"):
+            tokred.apply(outer, "tome", r=1)
+    inner = tiny("deit")
+    inner.blocks[1].__class__ = type("FSDPBlock", (type("FSDPModule", (), {}), Block), {})
+    with pytest.raises(ValueError, match=r"blocks\.1 is wrapped in FSDPModule; apply first"):
+        tokred.apply(inner, "tome", r=1)
+
+
+def test_remove_refuses_a_model_wrapped_or_compiled_since():
+    model = tokred.apply(tiny("deit"), "tome", r=1)
+    for outer in (DataParallel(model), torch.compile(model), nn.Sequential(model)):
+        with pytest.raises(ValueError, match="holds a patched model"):
+            tokred.remove(outer)
+    block = model.blocks[0]
+    model.blocks[0] = torch.compile(block)
+    with pytest.raises(ValueError, match="uncompile"):
+        tokred.remove(model)
+    model.blocks[0] = block
+    assert type(tokred.remove(model)) is VisionTransformer

@@ -1,0 +1,227 @@
+"""What a patched timm model computes: against timm with r = 0, against a float64 oracle with r > 0."""
+
+import copy
+
+import pytest
+import timm
+import torch
+import vits
+from torch.utils._python_dispatch import TorchDispatchMode
+from vits import TINY, images, tiny
+
+import tokred_kernels as tokred
+
+REAL = [  # real widths and image sizes, two blocks
+    "deit_small_patch16_224",
+    "deit_small_distilled_patch16_224",
+    "deit3_small_patch16_224",
+    "vit_small_patch14_reg4_dinov2",
+    "vit_medium_patch16_gap_240",
+    "vit_little_patch16_reg4_gap_256",
+    "vit_base_patch16_clip_224",
+    "vit_base_patch16_siglip_224",
+    "vit_so150m_patch16_reg4_gap_256",
+    "vit_so150m_patch16_reg4_map_256",
+    "vit_small_r26_s32_224",
+]
+
+
+def assert_same_forward(model, reference, x) -> None:
+    """Every entry point of two models in eval mode gives the same bits."""
+    with torch.no_grad():
+        assert torch.equal(model(x), reference(x))
+        features = reference.forward_features(x)
+        assert torch.equal(model.forward_features(x), features)
+        assert torch.equal(model.forward_head(features, pre_logits=True), reference.forward_head(features, True))
+        got, want = model.forward_intermediates(x), reference.forward_intermediates(x)
+        assert torch.equal(got[0], want[0])
+        assert all(torch.equal(a, b) for a, b in zip(got[1], want[1], strict=True))
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_r_0_is_timm_bit_for_bit_on_real_models(name):
+    model = vits.randomised(timm.create_model(name, depth=2)).eval()
+    x = images(1, model.patch_embed.img_size[0])
+    reference = copy.deepcopy(model)
+    assert_same_forward(tokred.apply(model, "tome", r=0), reference, x)
+
+
+@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("r", [0, (0, -1), [0, 0], []], ids=str)
+def test_r_0_is_timm_bit_for_bit(name, r):
+    model = tiny(name)
+    assert_same_forward(tokred.apply(copy.deepcopy(model), "tome", r=r), model, images())
+
+
+@pytest.mark.parametrize("name", ["deit", "gap-reg4-nocls", "distilled"])
+def test_r_0_trains_as_timm_bit_for_bit(name):
+    options = dict(drop_path_rate=0.3, proj_drop_rate=0.1, attn_drop_rate=0.1, pos_drop_rate=0.1, patch_drop_rate=0.25)
+    model = tiny(name, drop_rate=0.1, **options).train()
+    patched = tokred.apply(copy.deepcopy(model), "tome", r=0)
+    for m in (model, patched):
+        torch.manual_seed(3)
+        m(images()).square().sum().backward()
+    for a, b in zip(model.parameters(), patched.parameters(), strict=True):
+        assert torch.equal(a.grad, b.grad)
+
+
+@pytest.mark.parametrize("prop_attn", [True, False])
+@pytest.mark.parametrize("name", TINY)
+def test_agrees_with_the_float64_oracle(name, prop_attn):
+    model = tiny(name)
+    removed = [5, 0, 7, 3]
+    want, source, clear = vits.tome_oracle(model, images(), removed, prop_attn)
+    assert clear, "the seed leaves a choice to rounding"
+    for dtype, tolerance in ((torch.float64, 1e-11), (torch.float32, 2e-5)):
+        patched = tokred.apply(copy.deepcopy(model).to(dtype), "tome", r=removed, prop_attn=prop_attn)
+        with torch.no_grad(), tokred.trace(patched) as t:
+            got = patched(images().to(dtype))
+        assert torch.equal(t.source.long(), source)
+        torch.testing.assert_close(got.double(), want, rtol=tolerance, atol=tolerance * want.abs().max().item())
+
+
+@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("r", [1, 1000, (8, -1), (8, 1)], ids=str)
+def test_prefix_is_kept_and_sizes_count_every_token(name, r):
+    model = tokred.apply(tiny(name), "tome", r=r)
+    p = model.num_prefix_tokens
+    x = model._embed(images())
+    N0, size = x.shape[1], None
+    for block, removed in zip(model.blocks, model.tokred_schedule, strict=True):
+        before = x.shape[1]
+        x, size, assign = block(x, size, removed, True)
+        assert x.shape[1] == before - min(removed, (before - p) // 2)
+        if assign is None:
+            assert removed == 0
+            continue
+        assert torch.equal(assign[:, :p], torch.arange(p, dtype=torch.int32).expand(2, p))
+        for row in assign:
+            assert torch.equal(row.unique(), torch.arange(x.shape[1], dtype=torch.int32))
+        assert size.dtype == torch.float32
+        assert torch.equal(size[:, :p], torch.ones(2, p))
+        assert torch.equal(size.sum(1), torch.full((2,), float(N0)))
+    if r == 1000:
+        assert x.shape[1] == p + 3  # 36, 18, 9, 5, 3 patches
+
+
+def test_a_token_of_size_2_counts_as_two_in_proportional_attention():
+    block = tokred.apply(tiny("deit"), "tome", r=1).blocks[0]
+    x = torch.randn(2, 10, 32)
+    doubled = torch.cat([x, x[:, 4:5]], 1)
+    size = torch.ones(2, 10)
+    size[:, 4] = 2
+    torch.testing.assert_close(block.attend(x, size)[0], block.attend(doubled, None)[0][:, :10], rtol=1e-5, atol=1e-5)
+
+
+def test_constant_tokens_stay_constant():
+    model = tokred.apply(tiny("gap"), "tome", r=6)
+    for p in (model.pos_embed, model.patch_embed.proj.weight):
+        p.data.zero_()
+    with torch.no_grad():
+        x, size = model._reduce(images(), None, False)
+    assert x.shape[1] == 12
+    torch.testing.assert_close(x, x[:, :1].expand_as(x), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["deit", "siglip-map", "cls-reg9"])
+def test_an_image_alone_merges_as_in_its_batch(name):
+    model = tokred.apply(tiny(name), "tome", r=5)
+
+    def source(x):
+        with torch.no_grad(), tokred.trace(model) as t:
+            model(x)
+        return t.source.numpy()
+
+    vits.assert_one_image_alone(source, images(3))
+
+
+@pytest.mark.parametrize("keys", ["equal", "zero"])
+def test_tied_keys_merge_the_lowest_indices(keys):
+    """All keys equal or zero: the first r patches of a go into the first patch of b."""
+    model = tokred.apply(tiny("deit", qkv_bias=True), "tome", r=4)
+    for block in model.blocks:
+        block.attn.qkv.weight.data[32:64] = 0
+        block.attn.qkv.bias.data[32:64] = 0 if keys == "zero" else 0.5
+    with torch.no_grad(), tokred.trace(model) as t:
+        model(images())
+    for assign, N in zip(t.assign, t.tokens[:-1], strict=True):
+        first_b = 1 + (N - 1) // 2 - 4  # after the class token and the kept of a, which sits at 2, 4, ...
+        assert assign[0, 2::2].tolist() == [first_b] * 4 + list(range(1, first_b))
+        assert assign[0, 1::2].tolist() == list(range(first_b, N - 4))
+
+
+@pytest.mark.parametrize("name", ["deit", "gap-reg4-nocls", "siglip-map", "prr-avg"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_models_and_autocast_keep_sizes_in_float32(name, dtype):
+    model = tokred.apply(tiny(name), "tome", r=5)
+    with torch.no_grad():
+        want = model(images())
+        half = copy.deepcopy(model).to(dtype)
+        got = half(images().to(dtype))
+        assert got.dtype == dtype
+        assert half._reduce(images().to(dtype), None, False)[1].dtype == torch.float32
+        with torch.autocast("cpu", dtype=dtype):
+            mixed = model(images())
+            assert model._reduce(images(), None, False)[1].dtype == torch.float32
+    assert mixed.isfinite().all() and got.isfinite().all()
+    # Half precision may merge other pairs: only the size of the logits is comparable.
+    for other in (got.float(), mixed.float()):
+        assert (other - want).abs().max() < 0.5 * want.abs().max()
+
+
+class CountOps(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not func.is_view:
+            self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_reducing_step_dispatches_two_ops_beyond_the_dense_block():
+    """C10: match_merge and log; views touch no memory."""
+    dense = tiny("deit").blocks[0]
+    block = tokred.apply(tiny("deit"), "tome", r=5).blocks[0]
+    x, size = torch.randn(2, 37, 32), torch.ones(2, 37)
+    with torch.no_grad(), CountOps() as plain:
+        dense(x)
+    for given, extra in ((None, ["tokred::match_merge"]), (size, ["aten::log", "tokred::match_merge"])):
+        with torch.no_grad(), CountOps() as counted:
+            block(x, given, 5)
+        for name in plain.names:
+            counted.names.remove(name)
+        assert sorted(counted.names) == extra
+    with torch.no_grad(), CountOps() as counted:
+        block(x, size, 0)
+    assert "tokred::match_merge" not in counted.names
+
+
+def test_keys_reach_match_merge_as_views_of_qkv_and_the_mask_is_broadcast(monkeypatch):
+    block = tokred.apply(tiny("deit"), "tome", r=5).blocks[0]
+    seen = {}
+    attention = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(q, k, v, attn_mask=None, **options):
+        seen.update(k=k, mask=attn_mask)
+        return attention(q, k, v, attn_mask=attn_mask, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    with torch.no_grad():
+        _, keys = block.attend(torch.randn(2, 37, 32), torch.ones(2, 37))
+        assert keys.data_ptr() == seen["k"].data_ptr() and keys._base is not None
+        assert keys.stride() == (37 * 96, 16, 96, 1)
+        assert seen["mask"].shape == (2, 1, 1, 37)
+        block(torch.randn(2, 37, 32), None, 5)
+        assert seen["mask"] is None
+
+
+def test_unfused_attention_setting_of_timm_does_not_bring_back_the_matrix():
+    model = tiny("deit")
+    patched = tokred.apply(copy.deepcopy(model), "tome", r=5)
+    for block in patched.blocks:
+        block.attn.fused_attn = False
+    with torch.no_grad(), CountOps() as counted:
+        patched(images())
+    assert not any("softmax" in name for name in counted.names)

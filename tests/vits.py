@@ -1,0 +1,124 @@
+"""Small timm models with every feature that token reduction must honour, and a float64 oracle of ToMe in them."""
+
+import copy
+from functools import partial
+
+import numpy as np
+import oracle
+import timm
+import torch
+from timm.layers import GluMlp
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+SMALL = dict(img_size=48, embed_dim=32, depth=4, num_heads=2, num_classes=7)  # 9 patches of 16 x 16
+_vit = partial(VisionTransformer, patch_size=8, **SMALL)  # 36 patches
+
+
+def _timm(name: str, **options):
+    return partial(timm.create_model, name, **{**SMALL, "patch_size": 8, **options})
+
+
+TINY = {
+    "deit": _timm("deit_small_patch16_224"),
+    "distilled": _timm("deit_small_distilled_patch16_224"),
+    "deit3": _timm("deit3_small_patch16_224"),
+    "dinov2-reg4": _timm("vit_small_patch14_reg4_dinov2"),
+    "dinov2-swiglu": _timm("vit_giant_patch14_dinov2"),
+    "gap": _timm("vit_medium_patch16_gap_240"),
+    "gap-reg4-nocls": _timm("vit_little_patch16_reg4_gap_256"),
+    "clip-norm_pre": _timm("vit_base_patch16_clip_224"),
+    "siglip-map": _timm("vit_base_patch16_siglip_224"),
+    "map-reg4": _timm("vit_so150m_patch16_reg4_map_256"),
+    "qk_norm": partial(_vit, qk_norm=True, init_values=0.5),
+    "scale_norm": partial(_vit, scale_attn_norm=True, scale_mlp_norm=True, mlp_layer=GluMlp),
+    "cls-reg9": partial(_vit, reg_tokens=9, no_embed_class=True),
+    "avg-all": partial(_vit, global_pool="avg", pool_include_prefix=True, reg_tokens=2),
+    "avgmax": partial(_vit, global_pool="avgmax", fc_norm=False),
+    "max": partial(_vit, global_pool="max"),
+    "prr-token": partial(_vit, global_pool="prr"),
+    "prr-avg": partial(_vit, global_pool="prr", class_token=False),
+    "no-pool": partial(_vit, global_pool=""),
+    "no-head": partial(_vit, num_classes=0, qkv_bias=False),
+    "no-prefix": partial(_vit, class_token=False, global_pool="avg", pos_embed="none"),
+}
+
+
+def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Weights as varied as a trained model's: timm leaves LayerScale, biases and tokens almost at 0 or 1."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in model.named_parameters():
+        noise = torch.randn(p.shape, generator=generator)
+        if p.dim() == 1:
+            unit = name.endswith(("norm1.weight", "norm2.weight", "norm.weight", "gamma"))
+            p.data.copy_(0.2 * noise + (1 if unit else 0))
+        elif name.endswith("weight"):
+            p.data.copy_(noise * (p[0].numel()) ** -0.5)
+        else:
+            p.data.copy_(noise)
+    return model
+
+
+def tiny(name: str, seed: int = 0, **options) -> nn.Module:
+    return randomised(TINY[name](**options), seed).eval()
+
+
+def images(batch: int = 2, side: int = 48, seed: int = 1) -> Tensor:
+    return torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(seed))
+
+
+def tome_oracle(model: nn.Module, x: Tensor, removed, prop_attn: bool = True):
+    """ToMe in float64 with explicit attention and plain loops, from the weights of an unpatched model.
+
+    Returns:
+        (logits, source [B, N0], whether every choice was decided by more than 1e-5, above what a float32 model rounds).
+    """
+    model = copy.deepcopy(model).double().eval()
+    p = model.num_prefix_tokens
+    with torch.no_grad():
+        x = model.norm_pre(model._pos_embed(model.patch_embed(x.double())))
+        results = [_one_image(model, one, removed, p, prop_attn) for one in x]
+        rows, sizes, source, clear = zip(*results, strict=True)
+        rows, sizes = model.norm(torch.stack(rows)), torch.stack(sizes)
+        return _head(model, rows, sizes), torch.stack(source), all(clear)
+
+
+def _one_image(model, x: Tensor, removed, p: int, prop_attn: bool):
+    size = torch.ones(len(x), dtype=torch.float64)
+    source = torch.arange(len(x))
+    clear = True
+    for block, r in zip(model.blocks, removed, strict=True):
+        attn = block.attn
+        q, k, v = attn.qkv(block.norm1(x)).view(len(x), 3, attn.num_heads, attn.head_dim).permute(1, 2, 0, 3)
+        q, k = attn.q_norm(q), attn.k_norm(k)
+        count = size if prop_attn else torch.ones_like(size)
+        weight = (q @ k.mT / attn.head_dim**0.5).exp() * count  # a key of size s is s equal keys
+        y = weight / weight.sum(-1, keepdim=True) @ v
+        x = x + block.ls1(attn.proj(attn.norm(y.transpose(0, 1).flatten(1))))
+        r = max(0, min(r, (len(x) - p) // 2))
+        if r:
+            score, a, b = oracle.edge_scores(k, p)
+            clear = clear and oracle.decided(score, a, b, r, 1e-5)
+            row = torch.from_numpy(oracle.match_image(score, len(x), p, r))
+            member = torch.zeros(len(x) - r, len(x), dtype=torch.float64)
+            member[row, torch.arange(len(x))] = size
+            size = member.sum(1)
+            x = member @ x / size[:, None]
+            source = row[source]
+        x = x + block.ls2(block.mlp(block.norm2(x)))
+    return x, size, source, clear
+
+
+def _head(model, x: Tensor, size: Tensor) -> Tensor:
+    """The head on tokens written out as often as their size: merging changes nothing else there."""
+    full = torch.stack([row.repeat_interleave(s.long(), 0) for row, s in zip(x, size, strict=True)])
+    if model.global_pool == "":
+        full = x
+    return model.forward_head(full)
+
+
+def assert_one_image_alone(run, x: Tensor) -> None:
+    """Each image of a batch alone gives the same integers."""
+    together = run(x)
+    for n in range(len(x)):
+        np.testing.assert_array_equal(run(x[n : n + 1])[0], together[n])

@@ -1,4 +1,4 @@
-"""Whole models, dense, reduced, in the plain forms and against the oracles; the results agree before anything is timed."""
+"""Whole models: dense, reduced, in plain PyTorch, and the oracles; verified first, then timed."""
 
 import functools
 

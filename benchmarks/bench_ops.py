@@ -1,4 +1,4 @@
-"""Every op in every implementation and shape; correct first, then timed: `pytest benchmarks/bench_ops.py -k match_merge`."""
+"""Every op in every implementation and shape, verified, then timed: `pytest benchmarks/bench_ops.py -k match_merge`."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Is the result right? Every op call of a forward against the specification, and one model's logits against another's."""
+"""Is the result right? Each op call of a forward against the specification, and logits against logits."""
 
 from dataclasses import dataclass
 

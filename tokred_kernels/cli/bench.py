@@ -1,4 +1,4 @@
-"""Run a timm model dense and reduced on real images: check the results, then time both, the plain form and the oracle."""
+"""Run a timm model dense and reduced on real images: verify, then time both, the plain form and the oracle."""
 
 import argparse
 import importlib.util

@@ -61,4 +61,7 @@ def _samples():
     except ImportError:
         raise UserError("the sample photographs need scikit-learn: pip install scikit-learn, or give --image") from None
     samples = load_sample_images()
-    return [(Path(name).name, Image.fromarray(pixels)) for name, pixels in zip(samples.filenames, samples.images)]
+    return [
+        (Path(name).name, Image.fromarray(pixels))
+        for name, pixels in zip(samples.filenames, samples.images, strict=True)
+    ]

@@ -1,9 +1,9 @@
 """The variants of a model that are compared: dense, reduced, its plain PyTorch forms and its oracles.
 
-    build     makes them over one set of weights
-    verify    compares their results; nothing is timed before this
-    measure   times them side by side
-    rows      turns times into images/s, speed-up and reduction efficiency
+build     makes them over one set of weights
+verify    compares their results; nothing is timed before this
+measure   times them side by side
+rows      turns times into images/s, speed-up and reduction efficiency
 """
 
 import contextlib

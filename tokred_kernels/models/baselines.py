@@ -154,7 +154,7 @@ class _Oracle(_Baseline):
 
     def blocks(self, x: Tensor) -> tuple[Tensor, None]:
         size = None
-        for block, r in zip(self.model.blocks, self.removed):
+        for block, r in zip(self.model.blocks, self.removed, strict=True):
             m = x.shape[1] - self.clamped(r, x.shape[1])
             mask = None if size is None else size[:, :, :, : x.shape[1]].log().to(x.dtype)
             attended = block.drop_path1(block.ls1(block.attn(block.norm1(x), attn_mask=mask)))
@@ -175,7 +175,7 @@ class _Plain(_Baseline):
     def blocks(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         prefix = self.model.num_prefix_tokens
         size = None
-        for block, r in zip(self.model.blocks, self.removed):
+        for block, r in zip(self.model.blocks, self.removed, strict=True):
             attended, keys = self.attend(block.attn, block.norm1(x), size)
             x = x + block.drop_path1(block.ls1(attended))
             r = self.clamped(r, x.shape[1])

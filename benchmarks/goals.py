@@ -1,0 +1,71 @@
+"""The goals that are measured here, and the verdict on a figure.
+
+A figure is {case: value}, such as {"B=1": 7.3, "B=8": 5.9}; every case has to reach the gate for the work to count as
+done, and the target is what we want.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Goal:
+    id: str
+    what: str
+    gate: float
+    target: float
+    unit: str = "x"
+    lower_is_better: bool = False
+
+    def verdict(self, figure: dict[str, float] | None) -> str:
+        """ "target", "gate", "FAIL", or "not measured"."""
+        if not figure:
+            return "not measured"
+        if all(self._reaches(value, self.target) for value in figure.values()):
+            return "target"
+        return "gate" if all(self._reaches(value, self.gate) for value in figure.values()) else "FAIL"
+
+    def _reaches(self, value: float, bound: float) -> bool:
+        return value <= bound if self.lower_is_better else value >= bound
+
+
+# fp32, one thread, DeiT-S, N = 197, r = 13.
+CPU = (
+    Goal("C1", "match_merge against the eager PyTorch step", 4, 8),
+    Goal("C2", "match_merge against torch.compile of that step", 1.5, 3),
+    Goal("C6", "reduction step, share of one dense block", 1, 0.4, "%", lower_is_better=True),
+    Goal("C7", "RE_sdpa of ToMe end to end, SDPA with key mask", 0.96, 1.0, ""),
+    Goal("C9", "throughput against ToMe with explicit attention", 1.05, 1.25),
+    Goal("C10 ops", "dispatched ops a reduction step adds to a block", 2, 2, "", lower_is_better=True),
+    Goal("C10 bytes", "bytes allocated / (outputs + 64 B N)", 1, 1, "", lower_is_better=True),
+    Goal("C10 bitwise", "equal over runs and thread counts (1 = yes)", 1, 1, ""),
+)
+# bf16, inference, CUDA graph, DeiT-S r = 13 unless the case says otherwise.
+GPU = (
+    Goal("G4", "match against the eager chain, B=256", 5, 8),
+    Goal("G5", "merge, share of measured copy bandwidth", 65, 80, "%"),
+    Goal("G7 eager", "match_merge against the eager step", 3.5, 6),
+    Goal("G7 compiled", "match_merge against torch.compile of that step", 1.8, 3),
+    Goal("G8 DeiT-S B=256", "RE_sdpa end to end", 0.92, 0.98, ""),
+    Goal("G8 DeiT-S B=64", "RE_sdpa end to end", 0.90, 0.96, ""),
+    Goal("G9", "speed-up over the best compiled dense model, B=256", 1.56, 1.66),
+    Goal("G10 explicit", "throughput against ToMe with explicit attention", 1.35, 1.6),
+    Goal("G10 sdpa", "throughput against ToMe with SDPA + mask, eager step", 1.12, 1.2),
+    Goal("G10 compiled", "throughput against the better of both, compiled", 1.05, 1.1),
+    Goal("G11", "latency over the oracle, B = 1 and 8", 1.30, 1.15, "x", lower_is_better=True),
+    Goal("G13 kernels", "kernels a reduction step adds to a block", 2, 1, "", lower_is_better=True),
+    Goal("G13 replay", "no sync, no copy from the host, replay bit-equal (1 = yes)", 1, 1, ""),
+)
+
+
+def lines(goals: tuple[Goal, ...], figures: dict[str, dict[str, float]]) -> list[str]:
+    """The report: one line a goal, with its figure, gate, target and verdict."""
+    rows = [("goal", "what", "measured", "gate", "target", "verdict")]
+    for goal in goals:
+        figure = figures.get(goal.id)
+        measured = ", ".join(f"{case} {value:.3g}{goal.unit}" for case, value in (figure or {}).items())
+        bounds = [
+            f"{'<=' if goal.lower_is_better else '>='} {bound:g}{goal.unit}" for bound in (goal.gate, goal.target)
+        ]
+        rows.append((goal.id, goal.what, measured or "not measured", *bounds, goal.verdict(figure)))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

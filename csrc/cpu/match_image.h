@@ -8,9 +8,11 @@
 //    a running (max, argmax) per lane stays in registers, the N x N scores never exist.
 // 3. rank_i = #{j: s_j > s_i, or equal and j < i}: membership in the r best, stable, without a sort.
 //
-// Floor at N = 197, H = 6, D = 64, float32: 2 * 98 * 98 * 64 = 1.2 MFLOP, 303 KB of keys read once; scratch N * D * 4
-// bytes a thread, in L2.
+// Floor at N = 197, H = 6, D = 64, float32: 2 * 98 * 98 * 64 = 1.23 MFLOP, 303 KB of keys read once. Scratch N * D * 4
+// bytes a thread, in the second-level cache. Reached on a Xeon with AVX-512 (246 GFLOP/s peak, 1 thread), keys in L2:
+// 15.4 us, of which unit rows 3.4, panels 1.7, edges 8.3 (floor 5.0; the last tiles are padded), rank 1.1.
 
+// Rows of a tile: kRows x 2 sums, 2 columns and 1 broadcast must fit the registers (32, 16, 16).
 #if defined(TOKRED_AVX512)
 constexpr int kRows = 8;
 #elif defined(TOKRED_AVX2)
@@ -21,31 +23,49 @@ constexpr int kRows = 4;
 template <class T>
 constexpr int kCols = 2 * kLanes<T>;
 
-// unit [round_up(D, lanes)]: the mean over heads in head order, times 1 / max(norm, 1e-6).
+// unit [round_up(D, lanes)]: the mean over heads in head order, times 1 / max(norm, 1e-6). The row `ahead` elements on
+// is prefetched: the runs of H * D between the strides of a fused qkv are too short for the hardware's prefetcher (-20
+// %).
 template <class E>
-void unit_row(const E* head0, int64_t H, int64_t D, int64_t s_h, Wide<E>* unit) {
+void unit_row(const E* head0, int64_t H, int64_t D, int64_t s_h, int64_t ahead, Wide<E>* unit) {
   using T = Wide<E>;
-  constexpr int W = kLanes<T>;
+  constexpr int W = kLanes<T>, kBlock = 4;  // vectors summed at a time over all heads
   const Vec<T> share = splat(T(1) / T(H));
   Vec<T> squares = {};
-  for (int64_t d = 0; d < D; d += W) {
-    const int64_t n = D - d;
-    Vec<T> sum = n >= W ? load(head0 + d) : load_first(head0 + d, n);
-    for (int64_t h = 1; h < H; ++h) sum += n >= W ? load(head0 + h * s_h + d) : load_first(head0 + h * s_h + d, n);
+  int64_t d = 0;
+  for (; d + kBlock * W <= D; d += kBlock * W) {
+    Vec<T> sum[kBlock];
+    for (int v = 0; v < kBlock; ++v) sum[v] = load(head0 + d + v * W);
+    for (int64_t h = 1; h < H; ++h)
+      for (int v = 0; v < kBlock; ++v) {
+        __builtin_prefetch(head0 + h * s_h + d + v * W + ahead);
+        sum[v] += load(head0 + h * s_h + d + v * W);
+      }
+    for (int v = 0; v < kBlock; ++v) {
+      if (H > 1) sum[v] *= share;
+      squares += sum[v] * sum[v];
+      store(unit + d + v * W, sum[v]);
+    }
+  }
+  for (; d < D; d += W) {
+    const int64_t n = D - d < W ? D - d : W;
+    Vec<T> sum = load_first(head0 + d, n);
+    for (int64_t h = 1; h < H; ++h) sum += load_first(head0 + h * s_h + d, n);
     if (H > 1) sum *= share;
     squares += sum * sum;
     store(unit + d, sum);
   }
   const T norm = __builtin_sqrt(sum_lanes<T>(squares));
   const Vec<T> scale = splat(T(1) / (norm < T(1e-6) ? T(1e-6) : norm));
-  for (int64_t d = 0; d < D; d += W) store(unit + d, load(unit + d) * scale);
+  for (d = 0; d < D; d += W) store(unit + d, load(unit + d) * scale);
 }
 
 // from [kCols][Dp] row-major -> panel [Dp][kCols].
 template <class T>
 void pack_panel(const T* from, int64_t Dp, T* panel) {
-  for (int64_t d = 0; d < Dp; ++d)
-    for (int c = 0; c < kCols<T>; ++c) panel[d * kCols<T> + c] = from[c * Dp + d];
+  constexpr int W = kLanes<T>;
+  for (int64_t d = 0; d < Dp; d += W)
+    for (int c = 0; c < kCols<T>; c += W) transpose<T>(from + c * Dp + d, Dp, panel + d * kCols<T> + c, kCols<T>);
 }
 
 template <class T>
@@ -56,6 +76,7 @@ struct Edges {
   int32_t* dst;                  // [na]
   int64_t na, nb, Dp;
   double power;
+  const char *ahead, *ahead_end;  // MatchImage::ahead
 };
 
 // (max((s + 1) / 2, 0)^power * weight_i) * weight_j
@@ -68,45 +89,62 @@ Vec<T> weighted(Vec<T> score, double power, T weight_i, Vec<T> weight_j) {
   return base * weight_i * weight_j;
 }
 
+// The running (max, argmax) of kRows rows, one a lane.
+template <class T>
+struct Best {
+  Vec<T> score[kRows];
+  Index<T> column[kRows];
+};
+
+// Rows i .. i + kRows against kVectors vectors of columns from j on.
+template <int kVectors, class T>
+inline void tile(Edges<T>& e, int64_t i, int64_t j, Best<T>& best) {
+  constexpr int W = kLanes<T>;
+  const T *a = e.a + i * e.Dp, *b = e.b + j * e.Dp;
+  Vec<T> sum[kRows][kVectors] = {};
+  const char* ahead = e.ahead;
+  for (int64_t d = 0; d < e.Dp; ++d) {
+    __builtin_prefetch(ahead, 0, 2);
+    ahead += ahead < e.ahead_end ? 64 : 0;
+    Vec<T> column[kVectors];
+    for (int u = 0; u < kVectors; ++u) column[u] = load(b + d * kCols<T> + u * W);
+#pragma GCC unroll 16
+    for (int t = 0; t < kRows; ++t) {
+      const Vec<T> row = splat(a[t * e.Dp + d]);
+      for (int u = 0; u < kVectors; ++u) sum[t][u] += row * column[u];
+    }
+  }
+  e.ahead = ahead;
+  Index<T> lane;
+  for (int l = 0; l < W; ++l) lane[l] = typename Vector<T>::integer(j + l);
+#pragma GCC unroll 16
+  for (int t = 0; t < kRows; ++t)
+    for (int u = 0; u < kVectors; ++u) {
+      Vec<T> s = sum[t][u];
+      if (e.weight_a) s = weighted<T>(s, e.power, e.weight_a[i + t], load(e.weight_b + j + u * W));
+      const Index<T> better = s > best.score[t];
+      best.score[t] = better ? s : best.score[t];
+      best.column[t] = better ? lane + u * W : best.column[t];
+    }
+}
+
 // The best partner of rows i .. i + kRows.
 template <class T>
-void best_edges(const Edges<T>& e, int64_t i) {
+void best_edges(Edges<T>& e, int64_t i) {
   constexpr int W = kLanes<T>;
-  Vec<T> top[kRows];
-  Index<T> at[kRows], lane;
-  for (int l = 0; l < W; ++l) lane[l] = l;
-  for (int t = 0; t < kRows; ++t) top[t] = splat(T(-__builtin_inf())), at[t] = Index<T>{};
-  const T* a = e.a + i * e.Dp;
-  for (int64_t j = 0; j < e.nb; j += kCols<T>) {
-    const T* b = e.b + j * e.Dp;
-    Vec<T> score[kRows][2] = {};
-    for (int64_t d = 0; d < e.Dp; ++d) {
-      const Vec<T> b0 = load(b + d * kCols<T>), b1 = load(b + d * kCols<T> + W);
-#pragma GCC unroll 8
-      for (int t = 0; t < kRows; ++t) {
-        const Vec<T> at_d = splat(a[t * e.Dp + d]);
-        score[t][0] += at_d * b0;
-        score[t][1] += at_d * b1;
-      }
-    }
-#pragma GCC unroll 8
-    for (int t = 0; t < kRows; ++t)
-#pragma GCC unroll 2
-      for (int u = 0; u < 2; ++u) {
-        Vec<T> s = score[t][u];
-        if (e.weight_a) s = weighted<T>(s, e.power, e.weight_a[i + t], load(e.weight_b + j + u * W));
-        const Index<T> better = s > top[t];
-        top[t] = better ? s : top[t];
-        at[t] = better ? lane + typename Vector<T>::integer(j + u * W) : at[t];
-      }
-  }
+  Best<T> best;
+  for (int t = 0; t < kRows; ++t) best.score[t] = splat(T(-__builtin_inf())), best.column[t] = Index<T>{};
+  for (int64_t j = 0; j < e.nb; j += kCols<T>)
+    if (e.nb - j > W)
+      tile<2>(e, i, j, best);
+    else
+      tile<1>(e, i, j, best);
   for (int t = 0; t < kRows && i + t < e.na; ++t) {
-    T score = top[t][0];
-    int64_t column = at[t][0];
-    for (int l = 1; l < W; ++l)
-      if (top[t][l] > score || (top[t][l] == score && at[t][l] < column)) score = top[t][l], column = at[t][l];
+    const T score = max_lanes<T>(best.score[t]);
+    // Lanes that do not hold the maximum take part with a column beyond every other.
+    const Index<T> none = Index<T>{} + (typename Vector<T>::integer(1) << 30);
     e.best[i + t] = score;
-    e.dst[i + t] = int32_t(column);
+    e.dst[i + t] = int32_t(min_lanes<T>(best.score[t] == score ? best.column[t] : none));
   }
 }
 
@@ -148,12 +186,12 @@ void match_image_of(const MatchImage& m) {
   T* weight_b = weight_a + a_rows;
 
   const E* metric = static_cast<const E*>(m.metric);
-  for (int64_t i = 0; i < na; ++i) unit_row(metric + (a0 + 2 * i) * m.s_n, m.H, m.D, m.s_h, a + i * Dp);
+  for (int64_t i = 0; i < na; ++i) unit_row(metric + (a0 + 2 * i) * m.s_n, m.H, m.D, m.s_h, 2 * m.s_n, a + i * Dp);
   for (int64_t k = na * Dp; k < a_rows * Dp; ++k) a[k] = 0;
   for (int64_t j = 0; j < nb_pad; j += kCols<T>) {
     for (int64_t c = 0; c < kCols<T>; ++c) {
       if (j + c < nb)
-        unit_row(metric + (b0 + 2 * (j + c)) * m.s_n, m.H, m.D, m.s_h, rows + c * Dp);
+        unit_row(metric + (b0 + 2 * (j + c)) * m.s_n, m.H, m.D, m.s_h, 2 * m.s_n, rows + c * Dp);
       else
         for (int64_t d = 0; d < Dp; ++d) rows[c * Dp + d] = T(__builtin_nan(""));
     }
@@ -165,7 +203,8 @@ void match_image_of(const MatchImage& m) {
     for (int64_t j = 0; j < nb_pad; ++j) weight_b[j] = j < nb ? weight[b0 + 2 * j] : T(__builtin_nan(""));
   }
 
-  const Edges<T> edges = {a, b, m.weight ? weight_a : nullptr, weight_b, best, dst, na, nb, Dp, m.power};
+  Edges<T> edges = {a,       b,       m.weight ? weight_a : nullptr, weight_b, best, dst, na, nb, Dp,
+                    m.power, m.ahead, m.ahead + m.ahead_bytes};
   for (int64_t i = 0; i < na; i += kRows) best_edges(edges, i);
   for (int64_t i = na; i < na_pad; ++i) best[i] = T(__builtin_nan(""));
 

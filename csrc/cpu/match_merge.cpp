@@ -16,8 +16,12 @@ std::tuple<Tensor, Tensor, Tensor> match_merge_cpu(const Tensor& x, const Tensor
   const MergeImages to_merge(merge, static_cast<const int32_t*>(assign.const_data_ptr()), Reduce::kMean, out, size_out);
   const Isa& kernels = isa();
   for_each_image(merge.B, [&](int64_t b) {
-    kernels.match(to_match[b]);
-    kernels.merge(to_merge[b]);
+    const MergeImage merge_b = to_merge[b];
+    MatchImage match_b = to_match[b];
+    match_b.ahead = static_cast<const char*>(merge_b.x);
+    match_b.ahead_bytes = merge.N * merge.s_n * int64_t(x.element_size());
+    kernels.match(match_b);
+    kernels.merge(merge_b);
   });
   return {out, size_out, assign};
 }

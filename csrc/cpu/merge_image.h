@@ -4,7 +4,8 @@
 // The members of each row are linked lists built from the back, so that they read in index order; a row with one member
 // is a memcpy, one with several is added up in registers, 4 vectors of channels at a time, and written once.
 //
-// Floor at N = 197, M = 184, C = 384, float32: 303 KB read, 283 KB written; scratch 4 (N + M) bytes.
+// Floor at N = 197, M = 184, C = 384, float32: 303 KB read, 283 KB written; scratch 4 (N + M) bytes. Reached on a Xeon,
+// 1 thread: 174 us at B = 8, where copying x takes 164 us.
 
 constexpr int32_t kNone = -1;
 

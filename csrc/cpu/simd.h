@@ -46,7 +46,7 @@ typedef uint32_t u32x __attribute__((vector_size(kVectorBytes)));
 
 template <class T>
 inline Vec<T> splat(T value) {
-  return Vec<T>{} + value;
+  return value - Vec<T>{};  // x - 0 is x, also for -0: a plain broadcast
 }
 
 inline Vec<float> load(const float* p) {
@@ -109,14 +109,73 @@ inline void store_first(E* p, Vec<Wide<E>> v, int64_t n) {
   __builtin_memcpy(p, lanes, n * sizeof(E));
 }
 
-// Lanes added in lane order, halves first: the same order for every row.
+// lane l of the result is lane index[l] of a followed by b.
+template <class T>
+inline Vec<T> shuffle(Vec<T> a, Vec<T> b, Index<T> index) {
+#if defined(__clang__)
+  Vec<T> v;
+  for (int l = 0; l < kLanes<T>; ++l) v[l] = index[l] < kLanes<T> ? a[index[l]] : b[index[l] - kLanes<T>];
+  return v;
+#else
+  return __builtin_shuffle(a, b, index);
+#endif
+}
+
+// All lanes combined pairwise, the lower half with the upper: the same order for every row.
+template <class T, int kCount, class Combine>
+inline T fold(const T* lanes, Combine combine) {
+  if constexpr (kCount == 1) {
+    return lanes[0];
+  } else {
+    typedef T Half __attribute__((vector_size(kCount / 2 * sizeof(T))));
+    Half lower, upper;
+    __builtin_memcpy(&lower, lanes, sizeof lower);
+    __builtin_memcpy(&upper, lanes + kCount / 2, sizeof upper);
+    lower = combine(lower, upper);
+    T folded[kCount / 2];
+    __builtin_memcpy(folded, &lower, sizeof lower);
+    return fold<T, kCount / 2>(folded, combine);
+  }
+}
+template <class T, class V, class Combine>
+inline T fold_lanes(V v, Combine combine) {
+  T lanes[sizeof(V) / sizeof(T)];
+  __builtin_memcpy(lanes, &v, sizeof v);
+  return fold<T, sizeof(V) / sizeof(T)>(lanes, combine);
+}
 template <class T>
 inline T sum_lanes(Vec<T> v) {
-  T lanes[kLanes<T>];
-  store(lanes, v);
-  for (int half = kLanes<T> / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  return lanes[0];
+  return fold_lanes<T>(v, [](auto a, auto b) { return a + b; });
+}
+template <class T>
+inline T max_lanes(Vec<T> v) {
+  return fold_lanes<T>(v, [](auto a, auto b) { return a > b ? a : b; });
+}
+template <class T>
+inline auto min_lanes(Index<T> v) {
+  return fold_lanes<typename Vector<T>::integer>(v, [](auto a, auto b) { return a < b ? a : b; });
+}
+
+// to [lanes][lanes] = from [lanes][lanes] transposed; a row of each is `from_row` and `to_row` apart. Stage s exchanges
+// the off-diagonal s x s blocks of every 2s x 2s block.
+template <class T>
+inline void transpose(const T* from, int64_t from_row, T* to, int64_t to_row) {
+  constexpr int W = kLanes<T>;
+  Vec<T> row[W];
+  for (int i = 0; i < W; ++i) row[i] = load(from + i * from_row);
+#pragma GCC unroll 4
+  for (int s = 1; s < W; s *= 2) {
+    Index<T> low, high;
+    for (int l = 0; l < W; ++l) low[l] = l & s ? W + l - s : l, high[l] = l & s ? W + l : l + s;
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i)
+      if (!(i & s)) {
+        const Vec<T> a = row[i], b = row[i + s];
+        row[i] = shuffle<T>(a, b, low);
+        row[i + s] = shuffle<T>(a, b, high);
+      }
+  }
+  for (int i = 0; i < W; ++i) store(to + i * to_row, row[i]);
 }
 
 constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }

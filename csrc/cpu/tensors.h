@@ -52,7 +52,9 @@ class MatchImages {
             a.s_h,
             a.s_n,
             a.power,
-            dtype_};
+            dtype_,
+            nullptr,
+            0};
   }
 
  private:

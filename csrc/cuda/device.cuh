@@ -50,4 +50,14 @@ struct alignas(kLength * sizeof(T) < 16 ? kLength * sizeof(T) : 16) Pack {
   T e[kLength];
 };
 
+template <typename T, int kLength>
+__device__ __forceinline__ float to_float(const Pack<T, kLength>& pack, int i) {
+  return to_float(pack.e[i]);
+}
+// By halves of a word: else nvcc gives each element a register of its own, and merge spills.
+__device__ __forceinline__ float to_float(const Pack<__nv_bfloat16, 8>& pack, int i) {
+  const unsigned pair = reinterpret_cast<const unsigned*>(&pack)[i / 2];
+  return __uint_as_float(i % 2 ? pair & 0xffff0000u : pair << 16);
+}
+
 }  // namespace tokred

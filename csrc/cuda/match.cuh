@@ -1,9 +1,9 @@
 // match: the bipartite matching of tokens.  s_ij = <a_i, b_j> over unit rows of the head mean, edge_i = the best s_ij
 // (ties: lowest j), the r best edges (ties: lowest i) merge.
 //
-// match_kernel: one block an image, everything in shared memory.  Eight lanes normalise a row; then the block is 16 x 16
-// threads with kTile x kTile scores each, which keep a running (score, column) and never write a score; the rank of an
-// edge is the number of better ones; assign is written by a ballot scan.  match_split.cuh serves everything larger.
+// match_kernel: one block an image, everything in shared memory.  Eight lanes normalise a row; then the block is 16 x
+// 16 threads with kTile x kTile scores each, which keep a running (score, column) and never write a score; the rank of
+// an edge is the number of better ones; assign is written by a ballot scan.  match_split.cuh serves everything larger.
 //
 // Products are float32 FMA, one chain over ascending d for every pair, so equal rows score bitwise equal wherever they
 // sit and the error stays below 1e-6: sqrt(64) roundings of 2^-25 each, about 5 sigma.  Three TF32 or six bf16 tensor
@@ -45,9 +45,7 @@ constexpr float kNormFloor = 1e-6f;
 
 // Order of scores as unsigned integers; -0 ties with +0.
 __device__ __forceinline__ uint64_t edge_key(float score, int index) {
-  unsigned bits;
-  score += 0.0f;
-  memcpy(&bits, &score, sizeof bits);
+  unsigned bits = __float_as_uint(score + 0.0f);
   bits = bits >> 31 ? ~bits : bits | 0x80000000u;
   return uint64_t(bits) << 32 | ~unsigned(index);  // larger: a higher score, then a lower index
 }
@@ -74,7 +72,7 @@ __device__ __forceinline__ void add_heads(const MatchBatch& m, const T* row, int
 #pragma unroll
     for (int k = 0; k < kAhead; ++k)
 #pragma unroll
-      for (int e = 0; e < 8; ++e) sum[e] += to_float(part[k].e[e]);
+      for (int e = 0; e < 8; ++e) sum[e] += to_float(part[k], e);
   }
 }
 
@@ -104,8 +102,8 @@ __device__ __forceinline__ void unit_row(const MatchBatch& m, const T* row, floa
     for (int e = 0; e < 8; ++e) to[d / kChunk * stride + first + e] *= scale;
 }
 
-// Calls f with a null pointer of the metric's type. The dtype is a run-time value: staging is bound by memory, and three
-// copies of the product loop would not be.
+// Calls f with a null pointer of the metric's type. The dtype is a run-time value: staging is bound by memory, and
+// three copies of the product loop would not be.
 template <typename F>
 __device__ __forceinline__ void with_dtype(Dtype dtype, F&& f) {
   switch (dtype) {

@@ -53,8 +53,8 @@ __device__ __forceinline__ void stage_piece(const float* unit, int width, int fi
 }
 
 template <int kTile, bool kDeep>
-__global__ void __launch_bounds__(kThreads, 2) edge_kernel(const MatchBatch m, const MatchScratch scratch, int tiles_a,
-                                                           int tiles_b) {
+__global__ void __launch_bounds__(kThreads, 2)
+    edge_kernel(const MatchBatch m, const MatchScratch scratch, int tiles_a, int tiles_b) {
   constexpr int kSide = 16 * kTile;
   const int64_t b = blockIdx.x / unsigned(tiles_a * tiles_b);
   const int tile = blockIdx.x % unsigned(tiles_a * tiles_b), i0 = tile / tiles_b * kSide, j0 = tile % tiles_b * kSide;
@@ -113,9 +113,8 @@ __global__ void __launch_bounds__(kSelectThreads) select_kernel(const MatchBatch
 template <typename Launch, typename Scratch>
 void launch_match(const MatchBatch& m, const Device& device, Launch&& launch, Scratch&& scratch) {
   const int rows = m.rows_a() > m.rows_b() ? m.rows_a() : m.rows_b();
-  // The smallest tile of at least 4 that needs no more blocks of 16 x 16 threads than 8 would.
-  int tile = ceil_div(rows, 16 * ceil_div(rows + 1, 128));
-  tile = tile < 4 ? 4 : tile;
+  // The smallest tile of at least 4 that walks the rows in as many steps as the largest, 7, would.
+  const int tile = rows <= 64 ? 4 : ceil_div(rows, 16 * ceil_div(rows, 16 * 7));
   const int64_t shared = m.r == 0 ? 0 : MatchShared(m, 16 * tile).bytes;
   // One block an image reads the keys once; from 128 rows on its products take longer than a launch (by arithmetic, not
   // measured), so it must find company on at least half of the multiprocessors.
@@ -126,8 +125,7 @@ void launch_match(const MatchBatch& m, const Device& device, Launch&& launch, Sc
       case 4: return launch(match_kernel<4>, m.B, kThreads, shared, m);
       case 5: return launch(match_kernel<5>, m.B, kThreads, shared, m);
       case 6: return launch(match_kernel<6>, m.B, kThreads, shared, m);
-      case 7: return launch(match_kernel<7>, m.B, kThreads, shared, m);
-      default: return launch(match_kernel<8>, m.B, kThreads, shared, m);
+      default: return launch(match_kernel<7>, m.B, kThreads, shared, m);
     }
   }
   const int64_t unit = unit_bytes(m);

@@ -1,7 +1,6 @@
 // merge on CUDA. The kernel is merge.cuh.
-#include "merge.cuh"
-
 #include "launch.h"
+#include "merge.cuh"
 
 namespace tokred {
 
@@ -15,8 +14,14 @@ void merge_into(const char* op, const MergeArgs& args, Reduce reduce, const Tens
   g.N = checked_int(op, "N", args.N), g.M = checked_int(op, "m", args.M), g.C = checked_int(op, "C", args.C);
   switch (reduce) {
     case Reduce::kMean: g.reduce = kReduceMean; break;
-    case Reduce::kSum: g.reduce = kReduceSum; g.size = floats(args.size); break;
-    case Reduce::kAmax: g.reduce = kReduceAmax; g.weight = nullptr; break;
+    case Reduce::kSum:
+      g.reduce = kReduceSum;
+      g.size = floats(args.size);
+      break;
+    case Reduce::kAmax:
+      g.reduce = kReduceAmax;
+      g.weight = nullptr;
+      break;
   }
   const bool aligned = is_aligned(args.x, {args.s_b, args.s_n, args.C});
   const Launcher launch(args.x);

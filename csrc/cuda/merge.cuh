@@ -17,11 +17,11 @@ namespace tokred {
 enum Reduction : int { kReduceMean, kReduceSum, kReduceAmax };
 
 struct MergeBatch {
-  const void* x;                // [B, N, C], inner stride 1
-  const int32_t* assign;        // [B, N]
-  const float *size, *weight;   // [B, N] or null
-  void* out;                    // [B, M, C]
-  float* size_out;              // [B, M]
+  const void* x;               // [B, N, C], inner stride 1
+  const int32_t* assign;       // [B, N]
+  const float *size, *weight;  // [B, N] or null
+  void* out;                   // [B, M, C]
+  float* size_out;             // [B, M]
   int64_t B, s_b, s_n;
   int N, M, C;
   Reduction reduce;
@@ -32,7 +32,7 @@ struct MergeGrid {
   int slices, groups;
 };
 
-constexpr int kScan = 8 * kWarp;       // tokens a step; 197 in one
+constexpr int kScan = 8 * kWarp;  // tokens a step; 197 in one
 constexpr int kListed = kScan + 2 * kWarp;
 
 // The list of a warp's members and how far assign has been read.
@@ -70,41 +70,41 @@ struct RowSum {
   float value[kVector] = {}, weight = 0, size = 0;
   int count = 0;
 
-  // Adds the listed members; x is null in lanes beyond the last channel, w null means 1.
+  // Adds the listed members from channel c on; lanes beyond the last channel are not active, w null means 1.
   template <typename T>
-  __device__ __forceinline__ void add(const Members& list, const T* x, int64_t s_n, const float* w, const float* sizes,
-                                      bool amax) {
+  __device__ __forceinline__ void add(const Members& list, const T* x, int64_t s_n, int c, bool active, const float* w,
+                                      const float* sizes, bool amax) {
     constexpr int kAhead = 4;
     for (int first = 0; first < list.found; first += kAhead) {
       Pack<T, kVector> part[kAhead] = {};
-      float w_of[kAhead], size_of[kAhead];
+      float w_of[kAhead];
 #pragma unroll
       for (int k = 0; k < kAhead; ++k) {
         if (first + k >= list.found) continue;
         const int i = list.token[first + k];
-        if (x) part[k] = *reinterpret_cast<const Pack<T, kVector>*>(x + i * s_n);
+        if (active) part[k] = *reinterpret_cast<const Pack<T, kVector>*>(x + i * s_n + c);
         w_of[k] = w ? w[i] : 1;
-        size_of[k] = sizes ? sizes[i] : 1;
       }
 #pragma unroll
       for (int k = 0; k < kAhead; ++k) {
         if (first + k >= list.found) continue;
 #pragma unroll
         for (int e = 0; e < kVector; ++e) {
-          const float v = to_float(part[k].e[e]);
+          const float v = to_float(part[k], e);
           if (!amax)
             value[e] = fmaf(w_of[k], v, value[e]);
           else if (count == 0 || v > value[e] || v != v)  // NaN wins, the first of equal ones stays
             value[e] = v;
         }
-        weight += w_of[k], size += size_of[k], ++count;
+        size += sizes == w ? w_of[k] : sizes ? sizes[list.token[first + k]] : 1;
+        weight += w_of[k], ++count;
       }
     }
   }
 };
 
 template <typename T, int kVector>
-__global__ void __launch_bounds__(kThreads) merge_kernel(const MergeBatch g, const MergeGrid grid) {
+__global__ void __launch_bounds__(kThreads, 4) merge_kernel(const MergeBatch g, const MergeGrid grid) {
   using Vector = Pack<T, kVector>;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int64_t b = blockIdx.x / unsigned(grid.groups);
@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(kThreads) merge_kernel(const MergeBatch g, con
   const int32_t* assign = g.assign + b * g.N;
   const float* size = g.size ? g.size + b * g.N : nullptr;
   const float* weight = g.weight ? g.weight + b * g.N : nullptr;
-  const float* w = g.reduce == kReduceMean && !weight ? size : weight;
+  const float* w = g.reduce == kReduceMean && !weight ? size : weight;  // null: 1
   const T* x = static_cast<const T*>(g.x) + b * g.s_b;
   T* out = static_cast<T*>(g.out) + (b * g.M + j) * g.C;
 
@@ -133,23 +133,20 @@ __global__ void __launch_bounds__(kThreads) merge_kernel(const MergeBatch g, con
 
   for (int chunk = slice; chunk < chunks; chunk += grid.slices) {
     const int v = chunk * kWarp + lane;
-    const T* channels = v < vectors ? x + v * kVector : nullptr;
-    auto add_up = [&](const float* by) {
-      RowSum<kVector> sum;
-      if (whole) {
-        sum.add(list, channels, g.s_n, by, size, g.reduce == kReduceAmax);
-        return sum;
-      }
-      for (list.next = 0; list.next < g.N;) {
-        collect(assign, g.N, j, list);
-        sum.add(list, channels, g.s_n, by, size, g.reduce == kReduceAmax);
-      }
-      return sum;
-    };
-    RowSum<kVector> sum = add_up(w);
+    const bool active = v < vectors;
+    RowSum<kVector> sum;
+    for (bool again = true; again;) {
+      sum = {};
+      if (!whole) list.next = 0;
+      do {
+        if (!whole) collect(assign, g.N, j, list);
+        sum.add(list, x, g.s_n, v * kVector, active, w, size, g.reduce == kReduceAmax);
+      } while (list.next < g.N);
+      again = g.reduce == kReduceMean && w && sum.count && sum.weight == 0;
+      if (again) w = nullptr;  // no weight: the plain mean
+    }
     if (chunk == 0 && lane == 0) g.size_out[b * g.M + j] = sum.size;
-    if (g.reduce == kReduceMean && sum.weight == 0) sum = add_up(nullptr);  // no weight: the plain mean
-    if (!channels) continue;
+    if (!active) continue;
     const float by = g.reduce == kReduceMean && sum.count ? sum.weight : 1;
     Vector result;
 #pragma unroll

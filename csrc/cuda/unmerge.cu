@@ -1,7 +1,6 @@
 // unmerge on CUDA. The kernel is unmerge.cuh.
-#include "unmerge.cuh"
-
 #include "launch.h"
+#include "unmerge.cuh"
 
 namespace tokred {
 

@@ -1,0 +1,78 @@
+"""Builds the emulator with ninja: the Python module, and programs in four flavours. Kept by source hash in .cache."""
+
+import functools
+import hashlib
+import importlib.util
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+KERNELS = ROOT / "csrc/cuda"
+SOURCES = sorted([*HERE.glob("*.h"), *HERE.glob("*.cpp"), *KERNELS.glob("*.cuh"), Path(__file__)])
+# The scheduler is never instrumented for ThreadSanitizer: it would report its own bookkeeping.
+FLAVOURS = {
+    "plain": ("", ""),
+    "address": ("-fsanitize=address -g1", "-fsanitize=address -g1"),
+    "undefined": ("-fsanitize=undefined -fno-sanitize-recover -g1", ""),
+    "thread": ("-fsanitize=thread -g1", "-DSIMT_TSAN"),
+}
+# No contraction: fmaf alone is a fused product, so every flavour and every host rounds alike.
+FLAGS = "-std=c++17 -march=native -ffp-contract=off -Wall -Wno-unknown-pragmas"
+
+
+def _ninja() -> str:
+    beside = Path(sys.executable).with_name("ninja")
+    return str(beside) if beside.exists() else shutil.which("ninja") or "ninja"
+
+
+def _rules(out: Path) -> str:
+    import pybind11
+
+    includes = f"-I{HERE} -I{KERNELS}"
+    python = f"-fPIC -fvisibility=hidden -I{pybind11.get_include()} -I{sysconfig.get_path('include')}"
+    text = [
+        f"builddir = {out}",
+        "rule compile\n  command = g++ $flags -MD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
+        "rule link\n  command = g++ $flags $in -o $out",
+    ]
+
+    def compile_(name: str, source: str, flags: str) -> str:
+        text.append(f"build {out}/{name}.o: compile {HERE}/{source}\n  flags = {FLAGS} {includes} {flags}")
+        return f"{out}/{name}.o"
+
+    module = [compile_("module", "module.cpp", f"-O2 {python}"), compile_("module_simt", "simt.cpp", f"-O2 {python}")]
+    text.append(f"build {out}/simt_kernels.so: link {' '.join(module)}\n  flags = -shared")
+    for flavour, (kernel, scheduler) in FLAVOURS.items():
+        simt = compile_(f"simt_{flavour}", "simt.cpp", f"-O2 {scheduler}")
+        for program in ("cases", "planted"):
+            main = compile_(f"{program}_{flavour}", f"{program}.cpp", f"-O1 {kernel}")
+            text.append(f"build {out}/{program}_{flavour}.exe: link {main} {simt}\n  flags = {kernel}")
+    return "\n".join(text) + "\n"
+
+
+def build(*targets: str) -> Path:
+    """The folder that holds the targets, e.g. "simt_kernels.so", "cases_thread.exe"."""
+    digest = hashlib.sha256(b"".join(p.read_bytes() for p in SOURCES)).hexdigest()[:16]
+    out = ROOT / ".cache/simt" / digest
+    if not all((out / t).exists() for t in targets):
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "build.ninja").write_text(_rules(out))
+        command = [_ninja(), "-f", str(out / "build.ninja"), *(str(out / t) for t in targets)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"the emulator does not build:\n{done.stdout[-8000:]}{done.stderr[-2000:]}")
+    return out
+
+
+@functools.cache
+def emulator():
+    """The Python module with the emulated kernels."""
+    path = build("simt_kernels.so") / "simt_kernels.so"
+    spec = importlib.util.spec_from_file_location("simt_kernels", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

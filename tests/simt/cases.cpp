@@ -1,0 +1,103 @@
+// Every kernel over a few small cases with exactly sized buffers, so that sanitizers see every access beside them.
+// Prints a hash of each case's outputs: it must not depend on the flavour or on the schedule.
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+#include <vector>
+
+#include "kernels.h"
+
+using namespace tokred;
+
+static std::mt19937 random_bits;
+
+// Allocated to size: one element more would be found.
+template <typename T>
+struct Buffer {
+  std::unique_ptr<T[]> data;
+  size_t count;
+  explicit Buffer(size_t n) : data(new T[n]), count(n) { memset(data.get(), 0xFF, n * sizeof(T)); }
+  operator T*() { return data.get(); }
+};
+
+template <typename T>
+static Buffer<T> normal(size_t n) {
+  Buffer<T> values(n);
+  std::normal_distribution<float> draw;
+  for (size_t i = 0; i < n; ++i) from_float(draw(random_bits), values[i]);
+  return values;
+}
+
+template <typename T>
+static uint32_t hash(const Buffer<T>& values, uint32_t h = 2166136261u) {
+  const unsigned char* bytes = reinterpret_cast<const unsigned char*>(values.data.get());
+  for (size_t i = 0; i < values.count * sizeof(T); ++i) h = (h ^ bytes[i]) * 16777619u;
+  return h;
+}
+
+template <typename T>
+static void match(Dtype dtype, int B, int H, int N, int D, int r, int p, bool weighted, bool one_block) {
+  Buffer<T> metric = normal<T>(size_t(B) * N * H * D);  // [B, N, H, D]
+  Buffer<float> weight = normal<float>(size_t(B) * N);
+  Buffer<int32_t> assign(size_t(B) * N);
+  MatchBatch m{metric,
+               weighted ? weight.data.get() : nullptr,
+               assign,
+               B,
+               int64_t(N) * H * D,
+               D,
+               int64_t(H) * D,
+               H,
+               N,
+               D,
+               r,
+               p,
+               2.0f,
+               dtype,
+               D * sizeof(T) % 16 == 0};
+  emulate_match(m, one_block ? Device{1, 227 << 10} : Device{1, 0});
+  printf("match N=%d D=%d: %08x\n", N, D, hash(assign));
+}
+
+template <typename T>
+static void merge(int B, int N, int M, int C, Reduction reduce, bool weighted, int spread) {
+  Buffer<T> x = normal<T>(size_t(B) * N * C), out(size_t(B) * M * C);
+  Buffer<float> size = normal<float>(size_t(B) * N), weight = normal<float>(size_t(B) * N);
+  Buffer<float> size_out(size_t(B) * M);
+  Buffer<int32_t> assign(size_t(B) * N);
+  for (int i = 0; i < B * N; ++i) assign[i] = int(random_bits() % (M + spread)) - spread / 2;  // some are no row
+  MergeBatch g{x, assign, size,  weighted ? weight.data.get() : nullptr, out, size_out, B, int64_t(N) * C, C, N,
+               M, C,      reduce};
+  emulate_merge<T>(g, C * sizeof(T) % 16 == 0);
+  printf("merge N=%d M=%d C=%d: %08x\n", N, M, C, hash(size_out, hash(out)));
+}
+
+template <typename Word>
+static void unmerge(int B, int N, int M, int words) {
+  Buffer<Word> y(size_t(B) * M * words), x(size_t(B) * N * words);
+  for (size_t i = 0; i < y.count * sizeof(Word); ++i) reinterpret_cast<char*>(y.data.get())[i] = char(random_bits());
+  Buffer<int32_t> assign(size_t(B) * N);
+  for (int i = 0; i < B * N; ++i) assign[i] = int(random_bits() % (M + 2)) - 1;
+  emulate_unmerge(UnmergeBatch<Word>{y, assign, x, B, int64_t(M) * words, words, N, M, words});
+  printf("unmerge N=%d words=%d: %08x\n", N, words, hash(x));
+}
+
+int main(int, char** arguments) {
+  simt::seed(unsigned(atoi(arguments[1])));
+  match<float>(Dtype::kFloat, 2, 1, 31, 5, 9, 0, false, true);
+  match<__half>(Dtype::kHalf, 1, 3, 50, 16, 9, 1, true, true);
+  match<__nv_bfloat16>(Dtype::kBFloat16, 1, 2, 150, 72, 40, 5, false, true);
+  match<float>(Dtype::kFloat, 1, 1, 500, 4, 200, 2, false, true);
+  match<float>(Dtype::kFloat, 2, 2, 41, 12, 0, 1, false, true);
+  match<float>(Dtype::kFloat, 1, 2, 290, 12, 77, 1, true, false);
+  match<__half>(Dtype::kHalf, 2, 1, 45, 136, 20, 2, false, false);
+  merge<float>(2, 23, 11, 24, kReduceMean, false, 4);
+  merge<float>(1, 40, 1, 7, kReduceSum, true, 0);
+  merge<__half>(2, 23, 11, 264, kReduceMean, true, 0);
+  merge<__nv_bfloat16>(1, 700, 2, 40, kReduceMean, false, 1);
+  merge<__nv_bfloat16>(1, 23, 9, 13, kReduceAmax, false, 2);
+  merge<float>(1, 9, 40, 0, kReduceMean, false, 0);
+  unmerge<uint4>(2, 23, 11, 3);
+  unmerge<uint32_t>(1, 70, 11, 41);
+  unmerge<uint16_t>(2, 5, 11, 2100);
+}

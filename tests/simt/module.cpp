@@ -1,0 +1,59 @@
+// The emulated kernels for Python: pointers and integers, as the launchers in csrc/cuda/*.cu pass them. ops.py wraps
+// them with tensors.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <vector>
+
+#include "kernels.h"
+
+namespace py = pybind11;
+using namespace tokred;
+
+template <typename T>
+static T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// The edges of several blocks an image: their keys, [B * Na].
+static std::vector<uint64_t> match(uintptr_t metric, uintptr_t weight, uintptr_t assign, int64_t B, int H, int N, int D,
+                                   int64_t s_b, int64_t s_h, int64_t s_n, int r, int p, float power, int dtype,
+                                   bool aligned, int multiprocessors, int64_t shared_bytes) {
+  MatchBatch m;
+  m.metric = pointer<void>(metric), m.weight = pointer<float>(weight), m.assign = pointer<int32_t>(assign);
+  m.B = B, m.H = H, m.N = N, m.D = D, m.s_b = s_b, m.s_h = s_h, m.s_n = s_n, m.r = r, m.p = p, m.power = power;
+  m.dtype = static_cast<Dtype>(dtype), m.aligned = aligned;
+  const auto scratch = emulate_match(m, {multiprocessors, shared_bytes});
+  if (!scratch) return {};
+  const uint64_t* keys = reinterpret_cast<const uint64_t*>(scratch.get() + unit_bytes(m));
+  return {keys, keys + m.B * m.rows_a()};
+}
+
+static void merge(uintptr_t x, uintptr_t assign, uintptr_t size, uintptr_t weight, uintptr_t out, uintptr_t size_out,
+                  int64_t B, int N, int M, int C, int64_t s_b, int64_t s_n, int reduce, int dtype, bool aligned) {
+  MergeBatch g;
+  g.x = pointer<void>(x), g.assign = pointer<int32_t>(assign), g.size = pointer<float>(size);
+  g.weight = pointer<float>(weight), g.out = pointer<void>(out), g.size_out = pointer<float>(size_out);
+  g.B = B, g.N = N, g.M = M, g.C = C, g.s_b = s_b, g.s_n = s_n, g.reduce = static_cast<Reduction>(reduce);
+  switch (static_cast<Dtype>(dtype)) {
+    case Dtype::kFloat: return emulate_merge<float>(g, aligned);
+    case Dtype::kHalf: return emulate_merge<__half>(g, aligned);
+    case Dtype::kBFloat16: return emulate_merge<__nv_bfloat16>(g, aligned);
+  }
+}
+
+template <typename Word>
+static void unmerge(uintptr_t y, uintptr_t assign, uintptr_t x, int64_t B, int N, int M, int words, int64_t s_b,
+                    int64_t s_n) {
+  emulate_unmerge(
+      UnmergeBatch<Word>{pointer<Word>(y), pointer<int32_t>(assign), pointer<Word>(x), B, s_b, s_n, N, M, words});
+}
+
+PYBIND11_MODULE(simt_kernels, m) {
+  m.def("seed", &simt::seed);
+  m.def("match", &match);
+  m.def("merge", &merge);
+  m.def("unmerge_16", &unmerge<uint4>);
+  m.def("unmerge_4", &unmerge<uint32_t>);
+  m.def("unmerge_2", &unmerge<uint16_t>);
+}

@@ -1,0 +1,123 @@
+"""The ops of csrc/cuda on the emulator, with the signatures of the reference: what csrc/cuda/*.cu does, for CPU tensors.
+
+Outputs lie between guard bands and start as NaN or the largest integer, so a write beside them or a value never written
+shows.
+"""
+
+import struct
+
+import torch
+from torch import Tensor
+from tokred_kernels import _check
+
+from .build import emulator
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]  # in the order of Dtype
+REDUCE = ["mean", "sum", "amax"]  # in the order of Reduction
+H200 = (132, 227 << 10)  # multiprocessors, shared memory of a block
+_GUARD = 64
+
+
+class _Output:
+    """A poisoned tensor with guard bands of a sentinel on both sides."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype):
+        self._sentinel = -77
+        poison = float("nan") if dtype.is_floating_point else torch.iinfo(dtype).max
+        count = torch.Size(shape).numel()
+        self._all = torch.full((count + 2 * _GUARD,), self._sentinel, dtype=dtype)
+        self._inside = self._all[_GUARD : _GUARD + count]
+        self.tensor = self._inside.fill_(poison).view(shape)
+
+    def take(self) -> Tensor:
+        for band in (self._all[:_GUARD], self._all[-_GUARD:]):
+            assert (band == self._sentinel).all(), "written beside the output"
+        return self.tensor
+
+
+def _inner_contiguous(t: Tensor) -> Tensor:
+    return t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous()
+
+
+def _per_token(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.float().contiguous()
+
+
+def _address(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def _aligned(t: Tensor, strides: list[int]) -> bool:
+    return t.data_ptr() % 16 == 0 and all(s * t.element_size() % 16 == 0 for s in strides)
+
+
+def match(metric: Tensor, r: int, prefix: int = 1, weight: Tensor | None = None, **kwargs) -> Tensor:
+    return match_edges(metric, r, prefix, weight, **kwargs)[0]
+
+
+def match_edges(
+    metric: Tensor, r: int, prefix: int = 1, weight: Tensor | None = None, *, power: float = 1.0, device=H200, seed=0
+) -> tuple[Tensor, list[float]]:
+    """(assign, the best score of every row a of the batch), the latter only from the kernels of several blocks."""
+    keys = []
+    B, N, D = metric.shape[0], metric.shape[-2], metric.shape[-1]
+    H = metric.shape[1] if metric.dim() == 4 else 1
+    assign = _Output((B, N), torch.int32)
+    metric, weight = _inner_contiguous(metric), _per_token(weight)
+    strides = [metric.stride(0), metric.stride(1) if metric.dim() == 4 else 0, metric.stride(-2)]
+    if B and N:
+        emulator().seed(seed)
+        keys = emulator().match(
+            _address(metric), _address(weight), _address(assign.tensor), B, H, N, D, *strides,
+            _check.clamp_r(r, N, prefix), prefix, power, DTYPES.index(metric.dtype), _aligned(metric, strides), *device,
+        )  # fmt: skip
+    return assign.take(), [_score(key >> 32) for key in keys]
+
+
+def _score(ordered: int) -> float:
+    """Undoes the order-preserving map of floats to unsigned integers."""
+    bits = ordered & 0x7FFFFFFF if ordered >> 31 else ~ordered & 0xFFFFFFFF
+    return struct.unpack("f", struct.pack("I", bits))[0]
+
+
+def merge(
+    x: Tensor, assign: Tensor, m: int, size=None, weight=None, *, reduce: str = "mean", seed=0
+) -> tuple[Tensor, Tensor]:
+    B, N, C = x.shape
+    out, size_out = _Output((B, m, C), x.dtype), _Output((B, m), torch.float32)
+    x, assign, size, weight = _inner_contiguous(x), assign.contiguous(), _per_token(size), _per_token(weight)
+    if reduce == "amax":
+        weight = None
+    if B and m:
+        emulator().seed(seed)
+        aligned = _aligned(x, [x.stride(0), x.stride(1), C]) and _aligned(out.tensor, [C])
+        emulator().merge(
+            _address(x), _address(assign), _address(size), _address(weight), _address(out.tensor),
+            _address(size_out.tensor), B, N, m, C, x.stride(0), x.stride(1), REDUCE.index(reduce),
+            DTYPES.index(x.dtype), aligned,
+        )  # fmt: skip
+    return out.take(), size_out.take()
+
+
+def unmerge(y: Tensor, assign: Tensor, *, seed=0) -> Tensor:
+    B, M, C = y.shape
+    N = assign.shape[1]
+    x = _Output((B, N, C), y.dtype)
+    y, assign = _inner_contiguous(y), assign.contiguous()
+    if B and N and C:
+        aligned = _aligned(y, [y.stride(0), y.stride(1), C]) and _aligned(x.tensor, [C])
+        word = 16 if aligned else y.element_size()
+        per = word // y.element_size()
+        emulator().seed(seed)
+        getattr(emulator(), f"unmerge_{word}")(
+            _address(y), _address(assign), _address(x.tensor), B, N, M, C // per, y.stride(0) // per,
+            y.stride(1) // per,
+        )  # fmt: skip
+    return x.take()
+
+
+def match_merge(x: Tensor, metric: Tensor, r: int, prefix: int = 1, size: Tensor | None = None, *, seed=0):
+    N = x.shape[1]
+    assign = match(metric, r, prefix, seed=seed)
+    out, size_out = merge(x, assign, N - _check.clamp_r(r, N, prefix), size, seed=seed)
+    return out, size_out, assign

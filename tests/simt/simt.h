@@ -1,0 +1,100 @@
+// CUDA on the host, for tests: enough of the language for csrc/cuda/*.cuh to compile unchanged with a C++ compiler and
+// run under sanitizers. A fiber is a CUDA thread; blocks run one after another; fibers switch at barriers, shuffles and
+// ballots only, in an order that a seed permutes.
+//
+// Found here: barriers that not every thread reaches, or at different lines; shuffles from lanes outside the mask;
+// shared memory read before it is written (it is poisoned before every block). ThreadSanitizer sees every fiber as a
+// thread, so it finds missing barriers; AddressSanitizer knows the exact bounds of shared memory.
+// Not found: races between blocks, weak memory order, bank conflicts, speed.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+
+// One dimension: the kernels use no other.
+struct Dimension {
+  unsigned x;
+};
+extern Dimension threadIdx, blockIdx, blockDim, gridDim;
+
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+
+namespace simt {
+
+void seed(unsigned value);  // 0: threads in order
+unsigned char* shared_memory();
+void run(int64_t blocks, int threads, int64_t shared, const std::function<void()>& thread);
+
+struct Site {
+  const char* file;
+  int line;
+};
+void block_barrier(Site site);
+// Waits for the lanes of the mask at the same site; returns what lane `source` of the warp gave.
+uint64_t exchange(unsigned mask, uint64_t value, int source, Site site);
+unsigned ballot(unsigned mask, bool vote, Site site);
+int lane();
+
+// Throws std::runtime_error where the hardware would hang or be undefined.
+template <typename Kernel, typename... Arguments>
+void launch(Kernel kernel, int64_t blocks, int threads, int64_t shared, Arguments... arguments) {
+  run(blocks, threads, shared, [&] { kernel(arguments...); });
+}
+
+}  // namespace simt
+
+inline void __syncthreads(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  simt::block_barrier({file, line});
+}
+inline void __syncwarp(unsigned mask = ~0u, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  simt::ballot(mask, false, {file, line});
+}
+inline unsigned __ballot_sync(unsigned mask, bool vote, const char* file = __builtin_FILE(),
+                              int line = __builtin_LINE()) {
+  return simt::ballot(mask, vote, {file, line});
+}
+template <typename T>
+T __shfl_xor_sync(unsigned mask, T value, int lanes, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  static_assert(sizeof(T) <= sizeof(uint64_t));
+  uint64_t bits = 0;
+  memcpy(&bits, &value, sizeof value);
+  bits = simt::exchange(mask, bits, simt::lane() ^ lanes, {file, line});
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+template <typename T>
+T atomicAdd(T* at, T value) {
+  return __atomic_fetch_add(at, value, __ATOMIC_RELAXED);
+}
+template <typename T>
+T atomicMax(T* at, T value) {
+  T old = __atomic_load_n(at, __ATOMIC_RELAXED);
+  while (old < value && !__atomic_compare_exchange_n(at, &old, value, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+  }
+  return old;
+}
+inline float __uint_as_float(unsigned bits) {
+  float value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+inline unsigned __float_as_uint(float value) {
+  unsigned bits;
+  memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+inline int min(int a, int b) { return a < b ? a : b; }

@@ -80,7 +80,7 @@ def run_step(step: Step, seconds_left: float) -> dict:
     return {"status": status, "seconds": round(time.monotonic() - start, 1), "tail": output[-TAIL:]}
 
 
-def test_counts(tail: str) -> dict[str, int]:
+def outcomes(tail: str) -> dict[str, int]:
     """{"passed": 12, "failed": 1, ...} from the last line of pytest."""
     summary = [line for line in tail.splitlines() if re.search(r"\d+ (passed|failed|skipped|error|deselected)", line)]
     found = re.findall(r"(\d+) (passed|failed|skipped|errors?|deselected)", summary[-1]) if summary else []
@@ -112,7 +112,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{step.name} ...", flush=True)
         outcome = run_step(step, deadline - time.monotonic())
         if step.name == "tests":
-            outcome["counts"] = test_counts(outcome["tail"])
+            outcome["counts"] = outcomes(outcome["tail"])
         result["steps"][step.name] = outcome
         if measured.exists():
             result |= json.loads(measured.read_text())

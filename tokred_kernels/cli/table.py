@@ -95,8 +95,8 @@ def _table(record: dict):
         own = name == method
         found.add_row(
             label(name, method),
-            f"{row['images_per_second']:.1f}",
-            f"{1e3 * record['batch_size'] / row['images_per_second']:.2f}",
+            f"{row['images_per_second']:.4g}",
+            f"{1e3 * record['batch_size'] / row['images_per_second']:.4g}",
             f"{row['speedup']:.2f}",
             "" if name == "dense" else f"{record['ideal_speedup']:.2f}",
             *("" if row[key] is None else f"{row[key]:.3f}" for key in ("re_sdpa", "re_self")),

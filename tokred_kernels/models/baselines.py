@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ._size import key_mask
+
 ATTENTION = ("explicit", "sdpa")
 
 
@@ -156,10 +158,10 @@ class _Oracle(_Baseline):
         size = None
         for block, r in zip(self.model.blocks, self.removed, strict=True):
             m = x.shape[1] - self.clamped(r, x.shape[1])
-            mask = None if size is None else size[:, :, :, : x.shape[1]].log().to(x.dtype)
+            mask = None if size is None else key_mask(size[:, : x.shape[1]], x.dtype)
             attended = block.drop_path1(block.ls1(block.attn(block.norm1(x), attn_mask=mask)))
             if self.masked and size is None and m < x.shape[1]:
-                size = x.new_ones(x.shape[0], 1, 1, m, dtype=torch.float32)
+                size = x.new_ones(x.shape[0], m, dtype=torch.float32)
             # Sliced before the addition: its result is then dense in memory, and no copy is charged to the oracle.
             x = x[:, :m] + attended[:, :m]
             x = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))

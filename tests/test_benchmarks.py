@@ -1,0 +1,359 @@
+"""Benchmarks and baselines: they measure the right thing, compare before they time, and report what was measured."""
+
+import json
+import sys
+import time
+
+import pytest
+import timm
+import torch
+from timm.models.vision_transformer import VisionTransformer
+
+import tokred_kernels as tokred
+from benchmarks import cases, goals, gpu, gpu_measure, noise_free, readme_table, report, results
+from tokred_kernels import reference, schedule
+from tokred_kernels.cli.timing import Timing, interleave
+from tokred_kernels.models import baselines
+
+SMALL = {"img_size": 64, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": 5}
+R = [9, 0, 7]
+
+
+@pytest.fixture(params=["token", "avg", "distilled"])
+def model(request):
+    torch.manual_seed(0)
+    if request.param == "distilled":
+        return timm.create_model("deit_tiny_distilled_patch16_224", **SMALL).eval()
+    pool = {"global_pool": request.param, "class_token": request.param == "token", "init_values": 0.3, "qk_norm": True}
+    return VisionTransformer(**SMALL, **pool).eval()
+
+
+@pytest.fixture
+def images():
+    return torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+
+
+def mlp_tokens(model, images) -> list[int]:
+    """How many tokens reach each MLP."""
+    counts = []
+    blocks = model.blocks if isinstance(model, VisionTransformer) else model.model.blocks
+    hooks = [block.mlp.register_forward_hook(lambda _, given, __: counts.append(given[0].shape[1])) for block in blocks]
+    model(images)
+    for hook in hooks:
+        hook.remove()
+    return counts
+
+
+class TestBaselines:
+    @torch.inference_mode()
+    def test_every_variant_has_the_token_counts_of_the_method(self, model, images):
+        reduced = tokred.apply(baselines.shared_copy(model), "tome", r=R)
+        expected = [after for _, after in schedule.tokens(reduced)]
+        assert mlp_tokens(reduced, images) == expected
+        for masked in (False, True):
+            assert mlp_tokens(baselines.oracle_model(model, R, masked=masked), images) == expected
+        for attention in baselines.ATTENTION:
+            assert mlp_tokens(baselines.plain_model(model, R, attention=attention), images) == expected
+
+    @torch.inference_mode()
+    def test_oracle_that_slices_nothing_is_the_dense_model(self, model, images):
+        assert torch.equal(baselines.oracle_model(model, [0, 0, 0])(images), model(images))
+
+    @torch.inference_mode()
+    def test_mask_of_the_oracle_changes_no_logit(self, model, images):
+        plain, masked = (baselines.oracle_model(model, R, masked=masked)(images) for masked in (False, True))
+        torch.testing.assert_close(masked, plain)
+
+    @pytest.mark.parametrize("attention", baselines.ATTENTION)
+    @torch.inference_mode()
+    def test_plain_form_equals_the_method(self, model, images, attention):
+        model, images = model.double(), images.double()  # no near-tie falls the other way
+        reduced = tokred.apply(baselines.shared_copy(model), "tome", r=R)
+        plain = baselines.plain_model(model, R, attention=attention)
+        torch.testing.assert_close(plain(images), reduced(images), rtol=1e-9, atol=1e-9)
+
+    def test_copies_share_weights_and_leave_the_model_alone(self, model):
+        before = {name: id(t) for name, t in model.named_parameters()}
+        copy = baselines.oracle_model(model, R).model
+        assert copy is not model and copy.blocks[0] is not model.blocks[0]
+        assert {name: id(t) for name, t in copy.named_parameters()} == before
+        tokred.apply(copy, "tome", r=1)
+        assert type(model.blocks[0]) is not type(copy.blocks[0])
+
+    @pytest.mark.parametrize("bad", [{"method": "magic"}, {"attention": "magic"}])
+    def test_unknown_plain_form_is_refused(self, model, bad):
+        with pytest.raises(ValueError, match="magic"):
+            baselines.plain_model(model, R, **bad)
+
+    def test_head_without_plain_form_is_refused(self):
+        with pytest.raises(ValueError, match="map"):
+            baselines.plain_model(VisionTransformer(**SMALL, global_pool="map"), R)
+
+    def test_schedule_of_another_depth_is_refused(self, model):
+        with pytest.raises(ValueError, match="3 entries"):
+            baselines.oracle_model(model, [1, 2])
+
+    @pytest.mark.parametrize("prefix", [0, 1, 2, 5])
+    @pytest.mark.parametrize(("N", "r"), [(40, 9), (41, 1), (41, 17)])
+    @pytest.mark.parametrize("sized", [False, True])
+    def test_eager_step_equals_the_reference(self, prefix, N, r, sized):
+        generator = torch.Generator().manual_seed(N + r)
+        x, keys = torch.randn(2, N, 12, generator=generator), torch.randn(2, 3, N, 16, generator=generator)
+        size = torch.randint(1, 9, (2, N), generator=generator).float() if sized else None
+        out, size_out = baselines.eager_tome_step(x, keys, r, prefix, size)
+        want, want_size, assign = reference.match_merge(x, keys, r, prefix, size)
+        torch.testing.assert_close(out, want)
+        torch.testing.assert_close(size_out, want_size, rtol=0, atol=0)
+        plan = baselines.eager_match(keys, r, prefix)
+        assert torch.equal(cases.rows_of_plan(*plan, N, prefix), assign)
+        assert torch.equal(baselines.eager_unmerge(out, assign), reference.unmerge(out, assign))
+
+
+class TestCases:
+    SHAPE = cases.Shape("tiny", 2, 33, 2, 7)
+
+    @pytest.mark.parametrize("op", cases.OPS)
+    def test_eager_and_op_pass_the_gate(self, op):
+        given = cases.inputs(self.SHAPE)
+        for call in cases.OPS[op]:
+            cases.check(op, given, call(given))
+
+    @pytest.mark.parametrize("op", cases.OPS)
+    def test_wrong_result_does_not_pass_the_gate(self, op):
+        given, other = cases.inputs(self.SHAPE), cases.inputs(self.SHAPE, seed=1)
+        with pytest.raises(AssertionError):
+            cases.check(op, given, cases.OPS[op][0](other))
+
+    def test_ids_name_the_shape(self):
+        assert str(cases.SHAPES[3]) == "deit_small-B8-N197-r13"
+
+    def test_backend_is_restored_after_a_benchmark(self):
+        before = tokred.info()
+        with cases.implementation("reference", "match", "cpu"):
+            assert tokred.info() != before
+        assert tokred.info() == before
+
+
+class TestTiming:
+    def test_every_candidate_once_a_round_in_turn(self):
+        order = []
+
+        def call(name):
+            return lambda: (order.append(name), time.sleep(0.002))
+
+        timings = interleave({name: call(name) for name in "abc"}, rounds=4)
+        assert [len(timing.seconds) for timing in timings.values()] == [4, 4, 4]
+        assert "".join(order[-12:]) == "abcbcacababc"
+
+    def test_stops_after_the_time_with_three_rounds_at_least(self):
+        done = []
+        timings = interleave(
+            {"a": lambda: time.sleep(0.002)}, rounds=99, max_seconds=0, on_round=lambda: done.append(1)
+        )
+        assert len(timings["a"].seconds) == len(done) == 3
+
+    def test_short_calls_are_repeated_within_a_sample(self):
+        calls = []
+        interleave({"a": lambda: calls.append(1)}, rounds=2)
+        assert len(calls) > 100
+
+    def test_typical_is_the_fastest_on_a_cpu_and_the_median_on_a_gpu(self):
+        timing = Timing([3.0, 1.0, 2.0])
+        assert (timing.typical("cpu"), timing.typical("cuda:0")) == (1.0, 2.0)
+
+
+class TestNoiseFree:
+    """C10 of the goals: holds on every machine, so it is a test and not only a figure."""
+
+    @torch.inference_mode()
+    def test_a_step_adds_two_ops_where_plain_pytorch_adds_nineteen(self, images):
+        dense = VisionTransformer(**SMALL).eval()
+        reduced = tokred.apply(baselines.shared_copy(dense), "tome", r=5)
+        plain = baselines.plain_model(dense, [5, 5, 5], attention="sdpa")
+        assert noise_free.ops_per_step(dense, reduced, images, 3) <= 2
+        assert noise_free.ops_per_step(dense, plain, images, 3) >= 19
+
+    @pytest.mark.parametrize("op", ["match", "merge", "match_merge"])
+    def test_ops_allocate_their_outputs_and_little_else(self, op):
+        given = cases.inputs(cases.Shape("deit_small", 2, 197, 6, 13))
+        allocated = noise_free.allocated_bytes(lambda: cases.OPS[op][0](given))
+        outputs = noise_free.nbytes(cases.OPS[op][0](given))
+        assert outputs <= allocated <= outputs + 64 * 2 * 197
+
+    @pytest.mark.parametrize("op", cases.OPS)
+    def test_bits_do_not_depend_on_threads_or_runs(self, op):
+        given = cases.inputs(cases.Shape("deit_small", 3, 197, 6, 13))
+        assert noise_free.bitwise_equal(lambda: cases.OPS[op][0](given))
+
+    def test_unequal_bits_are_noticed(self):
+        assert not noise_free.bitwise_equal(lambda: torch.rand(3))
+
+
+def recorded() -> dict:
+    """A result as benchmarks.report saves it."""
+    row = {"seconds_min": 0.1, "seconds_median": 0.12, "rounds": 15, "images_per_second": 10.0, "speedup": 1.6}
+    return {
+        "cpu": {"name": "Example CPU", "isa": "avx2", "cores": 2, "threads": 1},
+        "gpus": [],
+        "versions": {"tokred_kernels": "0.1.0", "torch": "2.11.0", "timm": "1.0.31", "triton": None},
+        "commit": "0123456789ab",
+        "date": "2026-01-02",
+        "rounds": 15,
+        "figures": {"C1": {"B=1": 9.0, "B=8": 5.0}, "C6": {"B=1": 0.3}, "C7": {"B=1": 0.9}},
+        "models": [
+            {
+                "model": "deit_small_patch16_224",
+                "r": 13,
+                "batch_size": 8,
+                "ideal_speedup": 1.7,
+                "variants": {"dense": {**row, "re_sdpa": None}, "tome": {**row, "re_sdpa": 0.97}},
+            }
+        ],
+    }
+
+
+class TestReport:
+    def test_verdicts(self):
+        rises = goals.Goal("X", "", 4, 8)
+        falls = goals.Goal("Y", "", 1, 0.4, "%", lower_is_better=True)
+        assert rises.verdict({"a": 8, "b": 9}) == "target"
+        assert rises.verdict({"a": 8, "b": 4}) == "gate"
+        assert rises.verdict({"a": 99, "b": 3.99}) == "FAIL"
+        assert rises.verdict({"a": float("nan")}) == "FAIL"
+        assert falls.verdict({"a": 0.4}) == "target"
+        assert falls.verdict({"a": 1.0}) == "gate"
+        assert falls.verdict({"a": 1.01}) == "FAIL"
+        assert rises.verdict(None) == rises.verdict({}) == "not measured"
+
+    def test_text_of_a_recorded_result(self):
+        lines = {line.split()[0]: line for line in report.text(recorded(), {}).splitlines() if line}
+        assert lines["C1"].endswith("gate") and "B=1 9x, B=8 5x" in lines["C1"]
+        assert lines["C6"].endswith("target")
+        assert lines["C7"].endswith("FAIL")
+        assert lines["C2"].endswith("not measured") and lines["G4"].endswith("not measured")
+        assert "0123456789ab" in lines["commit"]
+
+    def test_gpu_goals_come_from_the_newest_gpu_result(self):
+        old = {**recorded(), "figures": {"G4": {"cuda": 1.0}}}
+        new = {**old, "date": "2026-03-01", "figures": {"G4": {"cuda": 9.0}}}
+        assert results.gpu_figures([recorded(), new, old]) == {"G4": {"cuda": 9.0}}
+        assert results.gpu_figures([recorded()]) == {}
+
+    def test_ids_are_unique(self):
+        ids = [goal.id for goal in (*goals.CPU, *goals.GPU)]
+        assert len(set(ids)) == len(ids)
+
+    def test_show_prints_what_was_saved(self, tmp_path, capsys):
+        path = tmp_path / "machine.json"
+        path.write_text(json.dumps(recorded()))
+        assert report.main(["--show", "--json", str(path)]) == 1  # C7 fails its gate
+        assert "Example CPU" in capsys.readouterr().out
+
+    def test_slug_is_a_file_name(self):
+        assert results.slug("Intel(R) Xeon(R) Platinum 8488C") == "intel-xeon-platinum-8488c"
+        assert results.slug("NVIDIA H200") == "nvidia-h200"
+
+
+class TestReadmeTable:
+    def test_holds_models_goals_machine_and_commit(self):
+        text = readme_table.table([recorded()])
+        assert "Example CPU (avx2), 1 thread; torch 2.11.0, timm 1.0.31; commit 0123456789ab, 2026-01-02:" in text
+        assert "| deit_small_patch16_224, r=13 | 8 | **ToMe, tokred** | 10 | 1.60x | 0.970 |" in text
+        assert "| C1: match_merge against the eager PyTorch step | B=1: 9x, B=8: 5x | ≥ 4x | ≥ 8x |" in text
+        assert "On a GPU: **not measured**" in text
+
+    def test_gpu_result_is_not_called_unmeasured(self):
+        result = {
+            **recorded(),
+            "gpus": [{"name": "NVIDIA H200", "capability": "9.0"}],
+            "figures": {"G4": {"cuda": 9.0}},
+        }
+        text = readme_table.table([result])
+        assert text.startswith("NVIDIA H200; ") and "not measured" not in text
+
+    def test_only_the_text_between_the_markers_changes(self):
+        readme = "# a\n<!-- table:begin -->\nold\n<!-- table:end -->\n# b\n"
+        once = readme_table.insert(readme, "new")
+        assert once == "# a\n<!-- table:begin -->\nnew\n<!-- table:end -->\n# b\n"
+        assert readme_table.insert(once, "new") == once
+
+    @pytest.mark.parametrize("readme", ["", "<!-- table:begin -->", "<!-- table:end --><!-- table:begin -->"])
+    def test_readme_without_a_pair_of_markers_is_refused(self, readme):
+        with pytest.raises(ValueError, match="table:begin"):
+            readme_table.insert(readme, "new")
+
+
+class TestGpuDriver:
+    """The parts of `make gpu` that need no GPU."""
+
+    @staticmethod
+    def step(script: str, limit: float = 20.0, needs: float = 1.0) -> gpu.Step:
+        return gpu.Step("step", (sys.executable, "-c", script), limit, needs)
+
+    def test_a_step_says_how_it_went(self):
+        outcome = gpu.run_step(self.step("print('hello', {seconds})"), 99)
+        assert outcome["status"] == "ok" and outcome["tail"] == "hello 20\n"
+
+    def test_a_failure_is_recorded_with_its_output(self):
+        outcome = gpu.run_step(self.step("import sys; print('why', file=sys.stderr); sys.exit(3)"), 99)
+        assert outcome["status"] == "exit status 3" and "why" in outcome["tail"]
+
+    def test_a_step_that_hangs_is_stopped_and_recorded(self):
+        outcome = gpu.run_step(self.step("import time; print('here', flush=True); time.sleep(60)", limit=1), 99)
+        assert outcome["status"] == "stopped after 1 s" and outcome["tail"] == "here\n"
+
+    def test_a_missing_program_is_recorded(self):
+        outcome = gpu.run_step(gpu.Step("step", ("/nowhere/nvcc",), 5, 1), 99)
+        assert outcome["status"].startswith("not started")
+
+    def test_a_step_without_time_is_not_started(self):
+        outcome = gpu.run_step(self.step("", needs=30), 29)
+        assert outcome == {"status": "not started: 29 s left", "seconds": 0.0, "tail": ""}
+
+    def test_plan_builds_tests_and_measures(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(gpu, "find_sanitizer", lambda: "/opt/compute-sanitizer")
+        steps = gpu.plan(tmp_path / "out")
+        assert [step.name for step in steps] == ["build", "tests", "memcheck", "racecheck", "synccheck", "measure"]
+        assert sum(step.limit for step in steps[:-1]) + 60 < gpu.SECONDS
+
+    def test_pytest_summary(self):
+        tail = "FAILED tests/x.py::test_3 passed\n3 failed, 41 passed, 2 skipped, 900 deselected, 1 error in 61.20s\n"
+        assert gpu.outcomes(tail) == {"failed": 3, "passed": 41, "skipped": 2, "deselected": 900, "error": 1}
+        assert gpu.outcomes("Segmentation fault") == {}
+
+    def test_failed_steps_are_named(self):
+        steps = {"build": {"status": "ok"}, "tests": {"status": "exit status 1"}}
+        assert gpu.failures({"steps": steps}) == ["tests"]
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+    def test_without_a_gpu_it_says_so(self, capsys):
+        with pytest.raises(SystemExit, match="2"):
+            gpu.main([])
+        assert "sees no NVIDIA GPU" in capsys.readouterr().err
+
+    def test_merge_bytes_of_the_goals_shape(self):
+        # 38.7 MB in and 36.2 MB out in bfloat16, and 5 bytes in a thousand for assign and sizes.
+        assert gpu_measure.merge_bytes(256, 197, 184, 384, 2) == pytest.approx(75.5e6, rel=0.01)
+
+    def test_a_part_that_fails_hides_no_other(self, tmp_path):
+        def broken():
+            raise RuntimeError("no kernel")
+
+        todo = [
+            ("broken", 0, broken),
+            ("one", 0, lambda: ({"G4": {"cuda": 2.0}}, {"models": [1], "ops": {"a": 1}})),
+            ("slow", 1e9, broken),
+            ("two", 0, lambda: ({"G4": {"triton": 3.0}}, {})),
+        ]
+        path = tmp_path / "out.json"
+        result = gpu_measure.collect(path, 60, todo)
+        assert json.loads(path.read_text()) == result
+        assert result["figures"] == {"G4": {"cuda": 2.0, "triton": 3.0}}
+        assert result["models"] == [1]
+        assert result["not_measured"] == {"broken": "RuntimeError: no kernel", "slow": "no time left"}
+        assert result["commit"]
+
+    def test_every_gpu_goal_has_a_measurement(self):
+        source = (results.ROOT / "benchmarks" / "gpu_measure.py").read_text()
+        for goal in goals.GPU:
+            assert goal.id.split(" B=")[0] in source, goal.id

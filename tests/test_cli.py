@@ -1,0 +1,315 @@
+"""The `tokred` command: every bad input in one line with exit status 2, and a small run end to end."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.library import Library
+
+import tokred_kernels
+from tokred_kernels import reference
+from tokred_kernels.cli import agreement, main
+
+MODEL = "test_vit"  # timm's smallest: 6 blocks of 100 patches, width 64
+ROOT = Path(tokred_kernels.__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def broken_images(tmp_path):
+    """A folder without images, and files that are none."""
+    from PIL import Image
+
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "notes.txt").write_text("no image")
+    (tmp_path / "text.png").write_text("no image")
+    (tmp_path / "empty.jpg").touch()
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "whole.png")
+    whole = (tmp_path / "whole.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
+    return tmp_path
+
+
+def one_line(capsys) -> str:
+    """What a refused command said: nothing on stdout, one line on stderr."""
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("tokred: ") and err.count("\n") == 1, err
+    return err
+
+
+BAD = {
+    "no command": ([], "COMMAND"),
+    "unknown command": (["dance"], "dance"),
+    "no model": (["bench"], "MODEL"),
+    "unknown option": (["bench", MODEL, "--fast"], "--fast"),
+    "unknown model": (["bench", "deit_smal_patch16_224"], "deit_small_patch16_224"),
+    "no VisionTransformer": (["bench", "resnet18"], "ResNet"),
+    "windowed model": (["bench", "swin_tiny_patch4_window7_224"], "SwinTransformer"),
+    "unknown method": (["bench", MODEL, "--method", "magic"], "magic"),
+    "r is no number": (["bench", MODEL, "--r", "many"], "--r"),
+    "r is fractional": (["bench", MODEL, "--r", "1.5"], "--r"),
+    "r is negative": (["bench", MODEL, "--r", "-1"], "-1"),
+    "r list with a negative": (["bench", MODEL, "--r=4,-4"], "-4"),
+    "inflection too steep": (["bench", MODEL, "--r", "4", "--inflection", "2"], "inflection"),
+    "inflection of a list": (["bench", MODEL, "--r", "4,4", "--inflection", "1"], "r must be"),
+    "missing image": (["bench", MODEL, "--image", "/nowhere/cat.jpg"], "/nowhere/cat.jpg"),
+    "no such device": (["bench", MODEL, "--device", "quantum"], "quantum"),
+    "device that is none": (["bench", MODEL, "--device", "mps"], "mps"),
+    "too many GPUs": (["bench", MODEL, "--device", "cuda:99"], "cuda:99"),
+    "unknown dtype": (["bench", MODEL, "--dtype", "int8"], "int8"),
+    "batch of nothing": (["bench", MODEL, "--batch-size", "0"], "--batch-size"),
+    "no rounds": (["bench", MODEL, "--rounds", "0"], "--rounds"),
+    "no threads": (["bench", MODEL, "--threads", "none"], "--threads"),
+    "json in no folder": (["bench", MODEL, "--json", "/nowhere/a.json"], "/nowhere/a.json"),
+    "json is a folder": (["bench", MODEL, "--json", "/"], "folder"),
+    "plot is no PNG": (["bench", MODEL, "--plot", "a.jpg"], "a.jpg"),
+}
+
+
+@pytest.mark.parametrize(("argv", "named"), BAD.values(), ids=BAD.keys())
+def test_bad_input_is_one_line_and_status_2(argv, named, capsys):
+    assert main(argv) == 2
+    assert named in one_line(capsys)
+
+
+@pytest.mark.parametrize("name", ["folder", "text.png", "empty.jpg", "cut.png"])
+def test_broken_image_is_one_line_and_status_2(name, broken_images, capsys):
+    assert main(["bench", MODEL, "--image", str(broken_images / name)]) == 2
+    assert name in one_line(capsys)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_no_gpu_is_one_line_and_status_2(capsys):
+    assert main(["bench", MODEL, "--device", "cuda"]) == 2
+    assert "CUDA" in one_line(capsys)
+
+
+def test_no_network_is_one_line_and_status_2(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "tokred_kernels", "bench", MODEL, "--pretrained"],
+        cwd=ROOT,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith(f"tokred: no pretrained weights for {MODEL}") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("missing", ["timm", "rich", "matplotlib"])
+def test_missing_package_is_one_line_and_status_2(missing, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, missing, None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == missing else object())
+    assert main(["bench", MODEL, "--plot", "a.png"]) == 2
+    assert missing in one_line(capsys)
+
+
+def test_info_and_help_import_neither_timm_nor_triton():
+    script = """
+import sys
+from tokred_kernels.cli import main
+assert main(["info"]) == 0
+try:
+    main(["--help"])
+except SystemExit as done:
+    assert done.code == 0
+print([m for m in ("timm", "triton", "rich", "matplotlib", "torchvision") if m in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_info_json(capsys):
+    assert main(["info", "--json"]) == 0
+    info = json.loads(capsys.readouterr().out)
+    assert info.keys() == {"versions", "cpu", "gpus", "ops", "not_running"}
+    assert info["versions"]["torch"] == torch.__version__
+    assert info["cpu"]["isa"] == torch.ops.tokred.cpu_isa()
+    assert all(set(runs) == {"cpu", "cuda"} for runs in info["ops"].values())
+    assert len(info["gpus"]) == torch.cuda.device_count()
+
+
+def test_info_names_every_op_and_every_reason(capsys):
+    assert main(["info"]) == 0
+    text = capsys.readouterr().out
+    info = tokred_kernels.info()
+    for reason in info.pop("reasons").values():
+        assert reason in text
+    assert all(op in text for op in info)
+
+
+@pytest.fixture(scope="module")
+def bench_run(tmp_path_factory):
+    """One small run: its record, its plot and what it printed."""
+    folder = tmp_path_factory.mktemp("bench")
+    command = ["bench", MODEL, "--r", "13", "--rounds", "2", "--threads", "1", "--batch-size", "3", "--device", "cpu"]
+    done = subprocess.run(
+        [sys.executable, "-m", "tokred_kernels", *command, "--json", "a.json", "--plot", "a.png"],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads((folder / "a.json").read_text()), folder / "a.png", done
+
+
+def test_bench_checks_before_it_times(bench_run):
+    agreed = bench_run[0]["agreement"]
+    assert agreed["passed"]
+    assert agreed["steps"] == 6  # one a block
+    assert agreed["wrong"] == 0
+    assert agreed["step_error"] < 1e-6
+    assert min(agreed["cosine_with"].values()) > 0.999
+    assert agreed["cosine_with"].keys() == {"reference", "plain"}
+
+
+def test_bench_record_holds_what_the_table_shows(bench_run):
+    record = bench_run[0]
+    assert record.keys() == {
+        *("model", "method", "r", "weights", "images", "image_size", "batch_size", "device", "dtype", "machine"),
+        *("tokens", "macs", "ideal_speedup", "agreement", "timing"),
+    }
+    assert record["tokens"] == [101, 88, 75, 62, 49, 36, 23]
+    assert record["images"] == ["china.jpg", "flower.jpg"]
+    assert record["weights"] == "random (seed 0)"
+    assert record["machine"]["cpu"]["threads"] == 1
+    assert record["ideal_speedup"] == pytest.approx(record["macs"]["dense"] / record["macs"]["reduced"])
+    timing = record["timing"]
+    assert timing.keys() == {"dense", "tome", "oracle", "oracle_masked", "plain_sdpa", "plain_explicit"}
+    for row in timing.values():
+        assert row["rounds"] == 2
+        assert row["images_per_second"] == pytest.approx(3 / row["seconds_min"])
+        assert row["speedup"] == pytest.approx(timing["dense"]["seconds_min"] / row["seconds_min"])
+    tome = timing["tome"]
+    assert tome["re_sdpa"] == pytest.approx(timing["oracle"]["seconds_min"] / tome["seconds_min"])
+    assert tome["re_self"] == pytest.approx(timing["oracle_masked"]["seconds_min"] / tome["seconds_min"])
+    assert timing["dense"]["re_sdpa"] is None
+
+
+def test_bench_text_fits_a_terminal_and_says_what_was_run(bench_run):
+    done = bench_run[2]
+    assert done.stderr == ""  # no bar where there is no terminal
+    table = [line for line in done.stdout.splitlines() if line.startswith((" dense", " tome", " oracle"))]
+    assert len(table) == 6
+    assert max(map(len, table)) <= 80
+    assert "…" not in done.stdout
+    for said in ("random (seed 0) weights", "1 thread", "near-ties", "RE"):
+        assert said in done.stdout
+
+
+def test_bench_plot_is_a_png(bench_run):
+    from PIL import Image
+
+    with Image.open(bench_run[1]) as picture:
+        assert picture.format == "PNG"
+        assert picture.size[0] > 500
+
+
+def test_bench_takes_files_and_folders(tmp_path, capsys):
+    from PIL import Image
+
+    for name in ("b.png", "a.JPG"):
+        Image.effect_noise((80, 60), 50).save(tmp_path / name)  # greyscale: becomes RGB
+    Image.new("RGBA", (32, 200), "blue").save(tmp_path / "clear.webp")
+    saved = tmp_path / "out.json"
+    command = ["bench", MODEL, "--image", str(tmp_path), str(tmp_path / "b.png"), "--r", "9,0,3", "--rounds", "1"]
+    assert main([*command, "--device", "cpu", "--json", str(saved)]) == 0
+    record = json.loads(saved.read_text())
+    assert [Path(name).name for name in record["images"]] == ["a.JPG", "b.png", "clear.webp", "b.png"]
+    assert record["batch_size"] == 4
+    assert record["tokens"] == [101, 92, 92, 89, 89, 89, 89]
+
+
+def test_bench_in_bfloat16_with_a_slope(capsys):
+    argv = ["bench", MODEL, "--r", "8", "--inflection", "-1", "--dtype", "bfloat16", "--rounds", "1", "--device", "cpu"]
+    assert main(argv) == 0
+    assert "bfloat16" in capsys.readouterr().out
+
+
+def _matches_one_channel(x, metric, r, prefix=1, size=None):
+    assign = reference.match(metric[..., :1], r, prefix)
+    return (*reference.merge(x, assign, x.shape[1] - r, size), assign)
+
+
+def _forgets_sizes(x, metric, r, prefix=1, size=None):
+    return reference.match_merge(x, metric, r, prefix)
+
+
+@pytest.mark.parametrize("bug", [_matches_one_channel, _forgets_sizes])
+def test_wrong_kernel_is_caught_and_nothing_is_timed(bug, tmp_path, capsys):
+    saved = tmp_path / "out.json"
+    override = Library("tokred", "IMPL")
+    override.impl("match_merge", bug, "CPU", allow_override=True)
+    try:
+        status = main(["bench", MODEL, "--rounds", "1", "--device", "cpu", "--json", str(saved)])
+    finally:
+        override._destroy()
+    assert status == 1
+    assert "nothing was timed" in capsys.readouterr().out
+    record = json.loads(saved.read_text())
+    assert "timing" not in record
+    assert record["agreement"]["wrong"] > 0
+
+
+class TestWithinMargin:
+    """The judge of assignments is judged."""
+
+    @pytest.fixture(params=[0, 1, 2, 5], ids="p{}".format)
+    def case(self, request):
+        metric = torch.randn(3, 2, 40, 16, generator=torch.Generator().manual_seed(1))
+        return metric, reference.match(metric, 7, request.param), request.param
+
+    def test_accepts_the_reference(self, case):
+        metric, assign, p = case
+        assert agreement.within_margin(metric, assign, 7, p).all()
+
+    def test_accepts_either_side_of_a_near_tie(self):
+        # Sources 0 and 2 score 1 - 5e-9 and 1 - 2e-8 with their partners 1 and 3.
+        metric = torch.tensor([[[1.0, 0.0], [1.0, 1e-4], [0.0, 1.0], [2e-4, 1.0]]])
+        scores = reference.match_scores(metric.double(), 0)[0]
+        assert 0 < (scores[0, 0] - scores[1, 1]).abs() < agreement.MARGIN
+        for assign in ([1, 1, 0, 2], [0, 1, 2, 2]):
+            assert agreement.within_margin(metric, torch.tensor([assign], dtype=torch.int32), 1, 0).all()
+
+    def test_refuses_the_other_side_of_a_clear_gap(self):
+        metric = torch.tensor([[[1.0, 0.0], [1.0, 1e-4], [0.0, 1.0], [2e-2, 1.0]]])
+        assert agreement.within_margin(metric, torch.tensor([[1, 1, 0, 2]], dtype=torch.int32), 1, 0).all()
+        assert not agreement.within_margin(metric, torch.tensor([[0, 1, 2, 2]], dtype=torch.int32), 1, 0).any()
+
+    def test_refuses_a_worse_partner(self, case):
+        metric, assign, p = case
+        worse = assign.clone()
+        first_b_row = int(assign[0, p + 1 - p % 2])
+        merged = p + p % 2 + 2 * int((assign[0, p + p % 2 :: 2] >= first_b_row).int().argmax())
+        worse[0, merged] = first_b_row + (int(assign[0, merged]) - first_b_row + 1) % 15
+        assert agreement.within_margin(metric, worse, 7, p).tolist() == [False, True, True]
+
+    def test_refuses_rows_out_of_order(self, case):
+        metric, assign, p = case
+        kept = [n for n in range(p + p % 2, 40, 2) if assign[1, n] < assign[1, p + 1 - p % 2]][:2]
+        swapped = assign.clone()
+        swapped[1, kept] = assign[1, kept[::-1]]
+        assert agreement.within_margin(metric, swapped, 7, p).tolist() == [True, False, True]
+
+    def test_refuses_another_number_of_merges(self, case):
+        metric, _, p = case
+        assert not agreement.within_margin(metric, reference.match(metric, 6, p), 7, p).any()
+
+    def test_nothing_to_merge_is_the_identity(self):
+        metric = torch.randn(2, 10, 4)
+        identity = torch.arange(10, dtype=torch.int32).repeat(2, 1)
+        assert agreement.within_margin(metric, identity, 0).all()
+        assert not agreement.within_margin(metric, identity.flip(1), 0).any()

@@ -1,7 +1,6 @@
 // The schema of every op. Kernels register from their own files: cpu/<op>.cpp (CPU), cuda/<op>.cu (CUDA);
-// tokred_kernels/ops/<op>.py adds the fake, autograd and vmap rules. The library is no Python module: torch.ops.load_library
-// or dlopen registers everything, so neither building nor running it needs Python.
-#include <Python.h>
+// tokred_kernels/ops/<op>.py adds the fake, autograd and vmap rules. The library is no Python module:
+// torch.ops.load_library or dlopen registers everything, so neither building nor running it needs Python.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(tokred, m) {

@@ -89,7 +89,7 @@ def check_assign(
         got = assign[n].numpy()
         w = None if weight is None else weight[n].cpu()
         score, a, b = edge_scores(metric[n].cpu(), p, w, power)
-        margin = MARGIN * (1 if w is None else max(1.0, float(np.nanmax(w.double().numpy())) ** 2))
+        margin = MARGIN * (1 if w is None else w.double().nan_to_num(0).square().max().item() if N else 1)
         want = match_image(score, N, p, r)
         if decided(score, a, b, r, margin):
             clear += 1

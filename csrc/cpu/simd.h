@@ -180,10 +180,11 @@ inline void transpose(const T* from, int64_t from_row, T* to, int64_t to_row) {
 
 constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-// One allocation for all scratch arrays of an image; each begins on a vector boundary.
+// One allocation for all scratch arrays of an image; each begins on a vector boundary. Under AddressSanitizer every
+// array is followed by a poisoned 64 bytes.
 class Scratch {
  public:
-  explicit Scratch(int64_t bytes) : memory_(aligned_alloc(64, round_up(bytes + 1, 64))) {
+  explicit Scratch(int64_t bytes) : memory_(aligned_alloc(64, bytes + 64)) {
     if (!memory_) throw_out_of_memory(bytes);
     next_ = static_cast<char*>(memory_);
   }
@@ -192,16 +193,26 @@ class Scratch {
   Scratch& operator=(const Scratch&) = delete;
   template <class T>
   static int64_t bytes(int64_t count) {
-    return round_up(count * int64_t(sizeof(T)), 64);
+    return round_up(count * int64_t(sizeof(T)), 64) + kGap;
   }
   template <class T>
   T* take(int64_t count) {
     T* array = reinterpret_cast<T*>(next_);
     next_ += bytes<T>(count);
+    poison(array + count, next_);
     return array;
   }
 
  private:
+#if defined(__SANITIZE_ADDRESS__)
+  static constexpr int64_t kGap = 64;
+  static void poison(const void* from, const char* to) {
+    __asan_poison_memory_region(from, to - static_cast<const char*>(from));
+  }
+#else
+  static constexpr int64_t kGap = 0;
+  static void poison(const void*, const char*) {}
+#endif
   void* memory_;
   char* next_;
 };

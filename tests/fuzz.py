@@ -1,0 +1,111 @@
+"""Random cases of every op against the float64 oracle: `make fuzz`, or `python -m tests.fuzz --cases 100000 --seed 1`.
+
+Each case is a MatchCase or a MergeCase with random fields, run by one of the CPU's instruction sets; a failure prints it.
+"""
+
+import argparse
+import random
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from cases import MATCH_CASES, MERGE_CASES, MatchCase, MergeCase
+from oracle import check_assign, check_merge
+
+import tokred_kernels as tokred
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+MATCH_TRAPS = sorted({c.trap for c in MATCH_CASES})
+MERGE_FIELDS = {name: sorted({getattr(c, name) for c in MERGE_CASES}) for name in ("kind", "size", "weight", "trap")}
+
+
+def random_match(rng: random.Random, seed: int) -> MatchCase:
+    p = rng.choice((0, 0, 1, 1, 1, 2, 5))
+    N = p + rng.choice((0, 1, 2, 3, rng.randint(4, 40), rng.randint(4, 40), rng.randint(40, 90)))
+    weighted = rng.random() < 0.25
+    return MatchCase(
+        B=rng.randint(1, 3),
+        N=N,
+        C=rng.choice((1, 3, 8, 17, 40)),
+        H=rng.randint(0, 4),
+        D=rng.choice((1, 2, 5, 8, 16, 17, 31, 64)),
+        r=rng.choice((0, 1, N // 4, N // 2, N, rng.randint(-2, N + 2))),
+        p=p,
+        dtype=rng.choice(DTYPES),
+        trap=rng.choice(["random", "alike", *MATCH_TRAPS]),
+        layout=rng.choice(("contiguous", "contiguous", "sliced", "inner")),
+        weighted=weighted,
+        power=rng.choice((1.0, 2.0)) if weighted else 1.0,
+        seed=seed,
+    )
+
+
+def random_merge(rng: random.Random, seed: int) -> MergeCase:
+    N = rng.choice((0, 1, 2, rng.randint(3, 40), rng.randint(3, 90)))
+    kind = rng.choice(MERGE_FIELDS["kind"])
+    return MergeCase(
+        B=rng.randint(1, 3),
+        N=N,
+        M=N if kind == "identity" else rng.choice((1, 2, N // 2 + 1, N + 3)),
+        C=rng.choice((1, 3, 8, 17, 64, 100)),
+        dtype=rng.choice(DTYPES),
+        kind=kind,
+        seed=seed,
+        layout=rng.choice(("contiguous", "contiguous", "sliced", "inner", "expanded")),
+        **{name: rng.choice(MERGE_FIELDS[name]) for name in ("size", "weight", "trap")},
+    )
+
+
+def run_match(case: MatchCase) -> None:
+    x, metric, size, weight = case.x(), case.metric(), case.size(), case.weight()
+    check_assign(
+        tokred.match(metric, case.r, case.p, weight, power=case.power), metric, case.r, case.p, weight, case.power
+    )
+    out, size_out, assign = tokred.match_merge(x, metric, case.r, case.p, size)
+    check_assign(assign, metric, case.r, case.p)
+    check_merge((out, size_out), x, assign, out.shape[1], size)
+
+
+def run_merge(case: MergeCase, reduce: str) -> None:
+    x, assign, size, weight = case.x(), case.assign(), case.per_token("size"), case.per_token("weight")
+    check_merge(tokred.merge(x, assign, case.M, size, weight, reduce=reduce), x, assign, case.M, size, weight, reduce)
+
+
+def available_isas() -> list[str]:
+    found = []
+    for isa in ("avx512", "avx2", "portable"):
+        try:
+            with tokred.use_backend("cpu", isa=isa):
+                found.append(isa)
+        except RuntimeError:
+            continue
+    return found
+
+
+def fuzz(cases: int, seed: int, report_every: int = 10_000) -> None:
+    rng, isas = random.Random(seed), available_isas()
+    for n in range(cases):
+        isa = isas[n % len(isas)]
+        reduce = rng.choice(("mean", "sum", "amax"))
+        matching = rng.random() < 0.5
+        case = random_match(rng, seed * 1_000_003 + n) if matching else random_merge(rng, seed * 1_000_003 + n)
+        try:
+            with tokred.use_backend("cpu", isa=isa):
+                run_match(case) if matching else run_merge(case, reduce)
+        except BaseException:
+            print(f"case {n} of seed {seed} fails on {isa}, reduce={reduce}: {case!r}", file=sys.stderr)
+            raise
+        if report_every and (n + 1) % report_every == 0:
+            print(f"{n + 1} cases, no difference", flush=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cases", type=int, default=100_000)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    fuzz(arguments.cases, arguments.seed)

@@ -1,4 +1,4 @@
-"""Every CUDA kernel on the host, through the emulator in simt/: against the oracle, over the shared cases and schedules."""
+"""Every CUDA kernel on the host, by the emulator in simt/: against the oracle, over the shared cases and schedules."""
 
 import numpy as np
 import oracle

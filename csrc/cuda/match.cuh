@@ -97,9 +97,14 @@ __device__ __forceinline__ void unit_row(const MatchBatch& m, const T* row, floa
   }
   for (int lane = 1; lane < 8; lane *= 2) square += __shfl_xor_sync(lanes, square, lane);
   const float scale = 1.0f / fmaxf(sqrtf(square), kNormFloor);
-  for (int d = first; d < width; d += kChunk)
+  for (int d = first; d < width; d += kChunk) {
+    float4* words = reinterpret_cast<float4*>(to + d / kChunk * stride + first);
 #pragma unroll
-    for (int e = 0; e < 8; ++e) to[d / kChunk * stride + first + e] *= scale;
+    for (int w = 0; w < 2; ++w) {
+      const float4 v = words[w];
+      words[w] = make_float4(v.x * scale, v.y * scale, v.z * scale, v.w * scale);
+    }
+  }
 }
 
 // Calls f with a null pointer of the metric's type. The dtype is a run-time value: staging is bound by memory, and
@@ -174,7 +179,7 @@ struct BestEdges {
           const int row = i0 + threadIdx.x / 16 + 16 * i;
           s = (s + 1) / 2;
           s = s < 0 ? 0 : s;  // NaN stays
-          if (m.power != 1) s = powf(s, m.power);
+          if (m.power != 1) s = m.power == 0 ? 1 : exp2f(m.power * log2f(s));  // powf inlined 64 times would spill
           s = s * (row < rows ? weight[m.first_a() + 2 * row] : 0) * column_weight;
         }
         if (s > score[i]) score[i] = s, column[i] = at;
@@ -254,10 +259,12 @@ __global__ void __launch_bounds__(kThreads, 2) match_kernel(const MatchBatch m) 
   int* columns = reinterpret_cast<int*>(shared + at.column);
   const int na = m.rows_a(), nb = m.rows_b(), width = m.width();
 
-  stage(m, b, m.first_b(), nb, at.b_rows, b_rows);
-  for (int i0 = 0; i0 < na; i0 += kSide) {
+  for (int i0 = -kSide; i0 < na; i0 += kSide) {
+    const bool is_b = i0 < 0;  // rows b first, then tiles of rows a: one call, one copy of its code
     __syncthreads();
-    stage(m, b, m.first_a() + 2 * i0, na - i0, kSide, a_rows);
+    stage(m, b, is_b ? m.first_b() : m.first_a() + 2 * i0, is_b ? nb : na - i0, is_b ? at.b_rows : kSide,
+          is_b ? b_rows : a_rows);
+    if (is_b) continue;
     __syncthreads();
     BestEdges<kTile> best;
     for (int j0 = 0; j0 < nb; j0 += kSide) {

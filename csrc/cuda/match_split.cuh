@@ -10,7 +10,7 @@
 //
 // Floor, N = 16384, D = 64, one image: 8192^2 D FMA = 254k clocks on 132 SMs = 150 us; scratch 4 N D + 4 N bytes.
 //
-// sm_90:        unit  edge<8>  edge<6, deep>  select
+// sm_90:        unit  edge<7>  edge<5, deep>  select
 // @SPLIT_TABLE@
 #pragma once
 #include "match.cuh"
@@ -18,6 +18,7 @@
 namespace tokred {
 
 constexpr int kSelectThreads = 1024;
+constexpr int kEdgeTile = 7, kDeepTile = 5;  // the largest without spills on sm_80
 
 struct MatchScratch {
   float* unit;     // [B, P, width]
@@ -134,12 +135,12 @@ void launch_match(const MatchBatch& m, const Device& device, Launch&& launch, Sc
   const int groups = ceil_div(m.N - m.p, kThreads / 8);
   launch(unit_kernel, m.B * groups, kThreads, 0, m, s, groups);
   const bool deep = m.width() > 2 * kChunk;
-  const int side = 16 * (deep ? 6 : 8), tiles_a = ceil_div(m.rows_a(), side), tiles_b = ceil_div(m.rows_b(), side);
+  const int side = 16 * (deep ? kDeepTile : kEdgeTile), tiles_a = ceil_div(m.rows_a(), side), tiles_b = ceil_div(m.rows_b(), side);
   const int64_t blocks = m.B * tiles_a * tiles_b, tile_bytes = 2 * side * kPitch * int64_t(sizeof(float));
   if (deep)
-    launch(edge_kernel<6, true>, blocks, kThreads, tile_bytes, m, s, tiles_a, tiles_b);
+    launch(edge_kernel<kDeepTile, true>, blocks, kThreads, tile_bytes, m, s, tiles_a, tiles_b);
   else
-    launch(edge_kernel<8, false>, blocks, kThreads, tile_bytes, m, s, tiles_a, tiles_b);
+    launch(edge_kernel<kEdgeTile, false>, blocks, kThreads, tile_bytes, m, s, tiles_a, tiles_b);
   launch(select_kernel, m.B, kSelectThreads, (64 + kSelectThreads / kWarp) * int64_t(sizeof(int)), m, s);
 }
 

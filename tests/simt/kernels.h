@@ -1,6 +1,8 @@
 // The CUDA kernels behind their own launch functions, on the emulator.
 #pragma once
+#include <algorithm>
 #include <memory>
+#include <stdexcept>
 
 #include "match_split.cuh"
 #include "merge.cuh"
@@ -8,11 +10,13 @@
 
 namespace tokred {
 
-constexpr Device kH200{132, 227 << 10};
-
+// Refuses more shared memory than the device has, as the driver would; 99 KB is the least of any from sm_80 on.
 struct Launcher {
+  int64_t shared_limit = 99 << 10;
+
   template <typename Kernel, typename... Arguments>
   void operator()(Kernel kernel, int64_t blocks, int threads, int64_t shared, Arguments... arguments) const {
+    if (shared > shared_limit) throw std::runtime_error("a launch with too much shared memory");
     simt::launch(kernel, blocks, threads, shared, arguments...);
   }
 };
@@ -20,7 +24,7 @@ struct Launcher {
 // Returns the scratch memory, whose end holds the edges; none where one block an image does it all.
 inline std::unique_ptr<char[]> emulate_match(const MatchBatch& m, const Device& device) {
   std::unique_ptr<char[]> scratch;
-  launch_match(m, device, Launcher{}, [&](int64_t bytes) {
+  launch_match(m, device, Launcher{std::max(device.shared_bytes, Launcher{}.shared_limit)}, [&](int64_t bytes) {
     scratch.reset(new char[size_t(bytes)]);
     memset(scratch.get(), 0xCB, size_t(bytes));
     return scratch.get();

@@ -59,18 +59,30 @@ def pooled_with_positions():
 
 
 REFUSED = {
-    "swin": (lambda: timm.create_model("swin_tiny_patch4_window7_224", depths=(1, 1, 1, 1)), "SwinTransformer .*window"),
+    "swin": (
+        lambda: timm.create_model("swin_tiny_patch4_window7_224", depths=(1, 1, 1, 1)),
+        "SwinTransformer .*window",
+    ),
     "resnet": (lambda: timm.create_model("resnet18"), "ResNet .*no tokens"),
     "eva02": (lambda: timm.create_model("eva02_tiny_patch14_224", depth=1), "Eva .*rotary"),
     "rope": (lambda: timm.create_model("vit_base_patch16_rope_reg1_gap_256", depth=1), "Eva .*rotary"),
-    "parallel scaling": (lambda: timm.create_model("vit_base_patch16_xp_224", depth=1), "ParallelScalingBlock .*parallel"),
-    "parallel things": (lambda: timm.create_model("vit_small_patch16_18x2_224", depth=1), "ParallelThingsBlock .*parallel"),
+    "parallel scaling": (
+        lambda: timm.create_model("vit_base_patch16_xp_224", depth=1),
+        "ParallelScalingBlock .*parallel",
+    ),
+    "parallel things": (
+        lambda: timm.create_model("vit_small_patch16_18x2_224", depth=1),
+        "ParallelThingsBlock .*parallel",
+    ),
     "post-norm": (lambda: vit(block_fn=ResPostBlock), "ResPostBlock .*normalises after"),
     "DiffAttention": (lambda: timm.create_model("vit_dlittle_patch16_reg1_gap_256", depth=1), "DiffAttention .*two"),
     "gated": (gated, r"blocks\.1\.attn is gated"),
     "attention subclass": (lambda: vit(attn_layer=MyAttention), r"blocks\.0\.attn is MyAttention"),
     "block subclass": (lambda: vit(block_fn=MyBlock), r"blocks\.0 is MyBlock"),
-    "mlp": (lambda: vit(mlp_layer=lambda norm_layer=None, **k: GlobalResponseNormMlp(**k)), r"mlp is GlobalResponseNormMlp"),
+    "mlp": (
+        lambda: vit(mlp_layer=lambda norm_layer=None, **k: GlobalResponseNormMlp(**k)),
+        r"mlp is GlobalResponseNormMlp",
+    ),
     "subclass": (lambda: type("MyViT", (VisionTransformer,), {})(patch_size=8, **SMALL), "MyViT"),
     "features_only": (lambda: timm.create_model("deit_tiny_patch16_224", features_only=True), "FeatureGetterNet"),
     "linear": (lambda: nn.Linear(2, 2), "Linear"),

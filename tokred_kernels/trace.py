@@ -107,6 +107,8 @@ class trace:
     # Hooks sit on modules, which threads share: each looks only at the thread that traces.
 
     def _begin(self, _module: nn.Module, _args: tuple) -> None:
+        if torch.compiler.is_compiling():
+            raise ValueError("trace: the model is being compiled; trace the uncompiled model")
         if threading.get_ident() == self._owner:
             self._running = None
 

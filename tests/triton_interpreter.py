@@ -14,13 +14,18 @@ from unittest import mock
 import torch
 
 
+_launched: list[str] = []  # kernels, in order
+
+
 def repair() -> None:
     """Repairs, in triton 3.6 with numpy 2.4 and 2.5; each is harmless where a newer version no longer needs it.
 
     - an index is one element of whatever shape: `range(0, n)` with n of shape [1] raises in numpy >= 2.4;
     - the cast from float32 to bfloat16 rounds to nearest even, as the hardware does; the interpreter truncates;
     - tl.dot of bfloat16 multiplies values, not their bit patterns;
-    - tl.dot runs in float64: numpy's float32 matmul rounds equal rows differently at its tile edges.
+    - tl.dot runs in float64: numpy's float32 matmul rounds equal rows differently at its tile edges;
+    - a device function patches triton.language at its first call in a launch; the interpreter does at every call, which
+      takes most of its time.
     """
     import numpy as np
     import triton.language as tl
@@ -68,16 +73,30 @@ def repair() -> None:
             setattr(builder, name, cast_rounding)
     builder.create_dot = dot
 
+    patched = set()
+    execute = interpreter.GridExecutor.__call__
+
+    def execute_and_count(self, *args, **kwargs):
+        patched.clear()
+        _launched.append(self.fn.__name__)
+        return execute(self, *args, **kwargs)
+
+    def call(self, *args, **kwargs):
+        if self.fn not in patched:
+            patched.add(self.fn)
+            interpreter._patch_lang(self.fn)
+        return self.rewrite()(*args, **kwargs)
+
+    interpreter.GridExecutor.__call__ = execute_and_count
+    interpreter.InterpretedFunction.__call__ = call
+
 
 _entered = contextlib.ExitStack()  # until the process ends
-_launched: list[str] = []
 
 
 def _start() -> None:
     """In the interpreting process: repaired, poisoned, with every op on Triton."""
     repair()
-    from triton.runtime import interpreter
-
     import tokred_kernels as tokred
 
     torch.set_num_threads(1)
@@ -85,14 +104,6 @@ def _start() -> None:
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     _entered.enter_context(tokred.use_backend("triton"))
-
-    execute = interpreter.GridExecutor.__call__
-
-    def count_and_execute(self, *args, **kwargs):
-        _launched.append(self.fn.__name__)
-        return execute(self, *args, **kwargs)
-
-    interpreter.GridExecutor.__call__ = count_and_execute
 
 
 def _call(op: str, arguments: bytes) -> tuple[bytes, list[str]]:
@@ -114,7 +125,7 @@ def _pack(value) -> bytes:
 
 
 class Interpreter:
-    """Calls ops by name in the interpreting process; results and errors come back, inputs are checked to be unchanged."""
+    """Calls ops by name in the interpreting process, which checks that inputs are unchanged; results and errors return."""
 
     def __init__(self, pool: concurrent.futures.Executor) -> None:
         self._pool = pool

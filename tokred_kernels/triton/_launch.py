@@ -1,4 +1,4 @@
-"""What every launcher does before its kernels: the checks that only Triton needs, and arguments in a kernel's layout."""
+"""What every launcher does before its kernels: checks that only Triton needs, and arguments in a kernel's layout."""
 
 import os
 

@@ -1,6 +1,7 @@
-"""match_merge: the kernels of match, then merge_kernel; formulas, decompositions and floors are in match.py and merge.py.
+"""match_merge: the kernels of match, then merge_kernel; see match.py and merge.py for formulas and decompositions.
 
-In between only assign goes through memory: 0.2 MB at B=256, N=197.
+Floor, DeiT-S B=256 N=197 r=13 bfloat16 on an H200: keys and x once, out: 113.6 MB = 26.4 us. In between, only assign,
+0.2 MB, goes through memory.
 """
 
 from torch import Tensor

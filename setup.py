@@ -58,8 +58,8 @@ def extensions():
         print(f"tokred_kernels: CUDA kernels built with {home}/bin/nvcc", flush=True)
     from torch.utils import cpp_extension
 
-    common = ["-O3", "-g0", "-std=c++17", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
-    host = ["-fvisibility=hidden", f"-ffile-prefix-map={ROOT}=."]
+    common = ["-O3", "-std=c++17", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    host = ["-g0", "-fvisibility=hidden", f"-ffile-prefix-map={ROOT}=."]
 
     def extension(name, sources, libraries, define=(), **kwargs):
         return Extension(

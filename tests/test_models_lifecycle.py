@@ -10,6 +10,8 @@ import pytest
 import torch
 from timm.layers import set_reentrant_ckpt
 from timm.models.vision_transformer import Block, VisionTransformer
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 from vits import TINY, images, tiny
 
 import tokred_kernels as tokred
@@ -234,7 +236,7 @@ def test_forward_head_alone(name):
         assert torch.equal(model.forward_features(images()), features)
         torch.testing.assert_close(model.forward_head(features, size=size), want)
         if name in ("gap", "avgmax", "siglip-map", "prr-avg"):
-            with pytest.raises(ValueError, match="forward_head: .* pooling must weigh reduced tokens"):
+            with pytest.raises(ValueError, match=r"forward_head: \w+ pooling must weigh reduced tokens"):
                 model.forward_head(features)
         else:
             assert torch.equal(model.forward_head(features), want)
@@ -331,6 +333,33 @@ def test_two_threads_share_a_model():
         t.join()
     for n in (0, 1):
         assert len(results[n]) == 20 and all(torch.equal(y, want[n]) for y in results[n])
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.FileStore(str(tmp_path / "s"), 1), rank=0, world_size=1
+    )
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_patched_model_trains_under_ddp_and_fsdp(one_process):
+    want = gradients(patched("gap"), images())
+    got = gradients(DistributedDataParallel(patched("gap")), images())
+    for n in want:
+        torch.testing.assert_close(got[f"module.{n}"], want[n])
+    mesh = torch.distributed.init_device_mesh("cpu", (1,))
+    sharded = patched("gap")
+    for block in sharded.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(sharded, mesh=mesh)
+    got = gradients(sharded, images())
+    for n in want:
+        torch.testing.assert_close(got[n].full_tensor(), want[n])
+    with pytest.raises(ValueError, match="holds a patched model"):
+        tokred.remove(sharded)
 
 
 def test_block_hooks_of_the_user_run():

@@ -6,6 +6,8 @@ import pytest
 import timm
 import torch
 import vits
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from vits import TINY, images, tiny
 
@@ -80,6 +82,22 @@ def test_agrees_with_the_float64_oracle(name, prop_attn):
         torch.testing.assert_close(got.double(), want, rtol=tolerance, atol=tolerance * want.abs().max().item())
 
 
+@settings(deadline=None, max_examples=25)
+@given(
+    st.lists(st.integers(0, 20), min_size=4, max_size=4),
+    st.integers(0, 10**6),
+    st.sampled_from(["deit", "gap-reg4-nocls"]),
+)
+def test_agrees_with_the_float64_oracle_for_any_schedule(removed, seed, name):
+    model = tiny(name)
+    x = images(1, seed=seed)
+    want, source, _ = vits.tome_oracle(model, x, removed)
+    patched = tokred.apply(model.double(), "tome", r=removed)
+    with torch.no_grad(), tokred.trace(patched) as t:
+        torch.testing.assert_close(patched(x.double()), want, rtol=1e-9, atol=1e-9)
+    assert torch.equal(t.source.long(), source)
+
+
 @pytest.mark.parametrize("name", TINY)
 @pytest.mark.parametrize("r", [1, 1000, (8, -1), (8, 1)], ids=str)
 def test_prefix_is_kept_and_sizes_count_every_token(name, r):
@@ -118,7 +136,7 @@ def test_constant_tokens_stay_constant():
     for p in (model.pos_embed, model.patch_embed.proj.weight):
         p.data.zero_()
     with torch.no_grad():
-        x, size = model._reduce(images(), None, False)
+        x = model.forward_features(images())
     assert x.shape[1] == 12
     torch.testing.assert_close(x, x[:, :1].expand_as(x), rtol=0, atol=1e-6)
 
@@ -187,9 +205,9 @@ def test_a_reducing_step_dispatches_two_ops_beyond_the_dense_block():
     x, size = torch.randn(2, 37, 32), torch.ones(2, 37)
     with torch.no_grad(), CountOps() as plain:
         dense(x)
-    for given, extra in ((None, ["tokred::match_merge"]), (size, ["aten::log", "tokred::match_merge"])):
+    for sizes, extra in ((None, ["tokred::match_merge"]), (size, ["aten::log", "tokred::match_merge"])):
         with torch.no_grad(), CountOps() as counted:
-            block(x, given, 5)
+            block(x, sizes, 5)
         for name in plain.names:
             counted.names.remove(name)
         assert sorted(counted.names) == extra

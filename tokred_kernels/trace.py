@@ -27,7 +27,7 @@ class Forward:
             left its tokens alone.
     """
 
-    _identity: Tensor
+    _identity: Tensor = field(repr=False)
     tokens: list[int]
     assign: list[Tensor | None] = field(default_factory=list)
 
@@ -116,7 +116,7 @@ class trace:
         """Asks the block for its assignment too."""
         if threading.get_ident() != self._owner:
             return None
-        self._asked = not (len(args) > 3 and args[3])
+        self._asked = not (args[3] if len(args) > 3 else kwargs.get("with_assign"))
         return (args[:3], {**kwargs, "with_assign": True})
 
     def _after(self, index: int, _block: nn.Module, args: tuple, output: tuple) -> tuple | None:

@@ -1,0 +1,129 @@
+"""The wheel: one build for every torch >= 2.10 and Python >= 3.10, checked by the auditors and under a second torch."""
+
+import hashlib
+import os
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+import tokred_kernels as tokred
+
+ROOT = Path(__file__).resolve().parent.parent
+OTHER_TORCH = "2.13.0+cpu"
+SMOKE = """
+import sys, types, torch
+import tokred_kernels as tokred
+assert "site-packages" in tokred.__file__, tokred.__file__
+x, k, size = torch.randn(3, 197, 64, requires_grad=True), torch.randn(3, 2, 197, 32), torch.ones(3, 197)
+out, size_out, assign = tokred.match_merge(x, k, 13, 1, size)
+with tokred.use_backend("reference"):
+    want = tokred.match_merge(x, k, 13, 1, size)
+torch.testing.assert_close((out, size_out, assign), want)
+assert torch.equal(torch.compile(tokred.match, backend="eager", fullgraph=True)(k, 13), assign)
+out.sum().backward()
+print("torch", torch.__version__, "runs", tokred.info()["match"]["cpu"], "without cuda:", tokred.info()["reasons"].get("cuda"))
+"""
+
+
+def run(*command, **kwargs) -> subprocess.CompletedProcess:
+    return subprocess.run([str(c) for c in command], capture_output=True, text=True, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def wheel() -> Path:
+    """Built by pip as a user would, once for each state of the sources."""
+    sources = [ROOT / "setup.py", ROOT / "pyproject.toml", *sorted(ROOT.glob("csrc/**/*.*"))]
+    sources += sorted(ROOT.glob("tokred_kernels/**/*.py"))
+    digest = hashlib.sha256(b"".join(s.read_bytes() for s in sources) + torch.__version__.encode()).hexdigest()[:16]
+    folder = ROOT / ".cache" / "wheel" / digest
+    if not list(folder.glob("*.whl")):
+        built = run(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", folder, ROOT)
+        assert built.returncode == 0, built.stderr[-3000:]
+    (found,) = folder.glob("*.whl")
+    return found
+
+
+def test_tag_and_size(wheel):
+    assert re.fullmatch(rf"tokred_kernels-{tokred.__version__}-cp310-abi3-linux_\w+\.whl", wheel.name)
+    assert wheel.stat().st_size < 3 * 2**20
+
+
+def test_contents(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {"tokred_kernels/_C.abi3.so", "tokred_kernels/py.typed"} <= set(names)
+    assert not [n for n in names if n.startswith(("tests", "benchmarks", "csrc")) or n.endswith((".cpp", ".cu"))]
+    with zipfile.ZipFile(wheel) as archive:
+        libraries = [archive.read(n) for n in names if n.endswith(".so")]
+    assert not any(str(ROOT).encode() in library for library in libraries)  # no path of the build machine
+
+
+@pytest.mark.parametrize(
+    "auditor", [("abi3audit", "--strict", "--assume-minimum-abi3", "3.10"), ("torch-abi-audit", "--check", "both")]
+)
+def test_auditors(wheel, auditor, tmp_path):
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    for library in tmp_path.glob("tokred_kernels/*.so"):
+        tool = Path(sys.executable).with_name(auditor[0])
+        audited = run(tool, *auditor[1:], library)
+        assert audited.returncode == 0, audited.stdout + audited.stderr
+        if auditor[0] == "torch-abi-audit":
+            assert "STABLE" in audited.stdout and "2.10" in audited.stdout
+
+
+def test_runs_under_another_torch(wheel, tmp_path):
+    """The same file under CPU-only torch 2.13, in an environment of its own."""
+    python = ROOT / ".cache" / f"torch-{OTHER_TORCH}" / "bin" / "python"
+    if run(python, "-c", "import torch").returncode if python.exists() else True:
+        run(sys.executable, "-m", "venv", python.parent.parent, check=True)
+        installed = run(python, "-m", "pip", "install", "-q", f"torch=={OTHER_TORCH}", "numpy")
+        if installed.returncode:
+            pytest.skip(f"torch {OTHER_TORCH} cannot be installed here: {installed.stderr.strip().splitlines()[-1]}")
+    run(python, "-m", "pip", "install", "-q", "--no-deps", "--force-reinstall", wheel, check=True)
+    done = run(python, "-c", SMOKE, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"torch {OTHER_TORCH} runs cpu (" in done.stdout
+
+
+def test_cuda_library_loads_and_registers_without_a_gpu():
+    if "cuda" in tokred.info()["reasons"]:
+        pytest.skip(f"no CUDA kernels in this build: {tokred.info()['reasons']['cuda']}")
+    for op in ("match", "merge", "unmerge", "match_merge"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"tokred::{op}", "CUDA")
+        assert tokred.info()[op]["cuda"] == "cuda"
+
+
+def setup(**env: str) -> subprocess.CompletedProcess:
+    return run(sys.executable, "setup.py", "-q", "--name", cwd=ROOT, env={**os.environ, **env})
+
+
+def test_build_modes():
+    assert "tokred_kernels: CUDA kernels left out: TOKRED_BUILD=cpu" in setup(TOKRED_BUILD="cpu").stdout
+    refused = setup(TOKRED_BUILD="gpu")
+    assert refused.returncode and "TOKRED_BUILD must be cpu or cuda, got 'gpu'" in refused.stderr
+
+
+def test_cuda_is_insisted_on_or_left_out_with_the_reason(tmp_path):
+    """A PATH without nvcc; a CUDA_HOME elsewhere on the machine still counts, so this asks setup.py itself."""
+    code = "import setup_under_test as s, types; torch = types.SimpleNamespace(__version__='2.11.0+cpu', version=types.SimpleNamespace(cuda=None))\n"
+    code += "print(s.why_no_cuda(torch, '/usr/local/cuda'))\n"
+    code += "torch.version.cuda = '13.0'\nprint(s.why_no_cuda(torch, None))"
+    source = (ROOT / "setup.py").read_text().split("ext_modules, cmdclass = extensions()")[0]
+    (tmp_path / "setup_under_test.py").write_text(
+        source.replace("Path(__file__).resolve().parent", f"Path({str(ROOT)!r})")
+    )
+    shown = run(sys.executable, "-c", code, cwd=tmp_path)
+    assert shown.stdout.splitlines() == [
+        "torch 2.11.0+cpu has no CUDA",
+        "no nvcc on PATH, in CUDA_HOME or /usr/local/cuda*",
+    ], shown.stderr
+
+
+def test_no_compiler_says_what_to_install(tmp_path):
+    refused = setup(PATH=str(tmp_path), CXX="")
+    assert refused.returncode
+    assert "no C++ compiler found; install one (Debian, Ubuntu: apt-get install g++)" in refused.stderr

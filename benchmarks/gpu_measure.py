@@ -17,7 +17,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 import tokred_kernels as tokred
-from tokred_kernels.cli import variants
+from tokred_kernels.cli import agreement, variants
 from tokred_kernels.cli.timing import graphed, interleave
 
 from . import cases, results
@@ -116,6 +116,9 @@ def compiled_model(names: tuple[str, ...]) -> Callable[[], tuple[Figures, dict]]
         for name in names:
             torch._dynamo.reset()
             compiled = torch.compile(found[name], dynamic=False)
+            cosine = agreement.cosine(compiled(batch), found[name](batch))
+            if cosine < variants.LEAST_COSINE[batch.dtype]:
+                raise AssertionError(f"{name} compiled disagrees with {name}: cosine {cosine}")
             calls[name] = graphed(lambda name=name: found[name](batch))
             calls[f"{name} compiled"] = graphed(lambda compiled=compiled: compiled(batch))
         seconds = {name: timing.median for name, timing in interleave(calls, "cuda", rounds=30).items()}

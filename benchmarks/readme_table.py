@@ -44,15 +44,18 @@ def _provenance(result: dict) -> str:
 
 
 def _models(result: dict) -> str:
-    rows = ["| model | images a call | variant | images/s | speed-up | RE_sdpa |", "|---|---|---|---|---|---|"]
+    rows = [
+        "| model | images a call | variant | images/s | speed-up | RE_sdpa | RE_self |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for case in result.get("models", ()):
         for name, label in NAMES.items():
             row = case["variants"].get(name)
             if row is None:
                 continue
-            efficiency = "" if row["re_sdpa"] is None else f"{row['re_sdpa']:.3f}"
+            efficiency = ("" if row[key] is None else f"{row[key]:.3f}" for key in ("re_sdpa", "re_self"))
             # Three significant digits: a clean ratio still moves by 4 %.
-            cells = (f"{row['images_per_second']:.3g}", f"{row['speedup']:.2f}x", efficiency)
+            cells = (f"{row['images_per_second']:.3g}", f"{row['speedup']:.2f}x", *efficiency)
             rows.append(f"| {case['model']}, r={case['r']} | {case['batch_size']} | {label} | {' | '.join(cells)} |")
     return "\n".join(rows) if len(rows) > 2 else ""
 

@@ -12,6 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 import tokred_kernels as tokred
 from benchmarks import cases, goals, gpu, gpu_measure, noise_free, readme_table, report, results
 from tokred_kernels import reference, schedule
+from tokred_kernels.cli import variants
 from tokred_kernels.cli.timing import Timing, interleave
 from tokred_kernels.models import baselines
 
@@ -88,6 +89,16 @@ class TestBaselines:
     def test_head_without_plain_form_is_refused(self):
         with pytest.raises(ValueError, match="map"):
             baselines.plain_model(VisionTransformer(**SMALL, global_pool="map"), R)
+
+    @torch.inference_mode()
+    def test_variants_do_without_a_plain_form_that_does_not_exist(self, images):
+        torch.manual_seed(0)
+        model = VisionTransformer(**SMALL, global_pool="map").eval()
+        found = variants.build(model, "tome", 9)
+        assert found.keys() == {"dense", "tome", "oracle", "oracle_masked"}
+        checked = variants.verify(found, "tome", images, 1)
+        assert checked["passed"] and checked["cosine_with"].keys() == {"reference"}
+        assert checked["steps"] == 3 * len(images)
 
     def test_schedule_of_another_depth_is_refused(self, model):
         with pytest.raises(ValueError, match="3 entries"):
@@ -206,7 +217,10 @@ def recorded() -> dict:
                 "r": 13,
                 "batch_size": 8,
                 "ideal_speedup": 1.7,
-                "variants": {"dense": {**row, "re_sdpa": None}, "tome": {**row, "re_sdpa": 0.97}},
+                "variants": {
+                    "dense": {**row, "re_sdpa": None, "re_self": None},
+                    "tome": {**row, "re_sdpa": 0.97, "re_self": 0.98},
+                },
             }
         ],
     }
@@ -258,7 +272,7 @@ class TestReadmeTable:
     def test_holds_models_goals_machine_and_commit(self):
         text = readme_table.table([recorded()])
         assert "Example CPU (avx2), 1 thread; torch 2.11.0, timm 1.0.31; commit 0123456789ab, 2026-01-02:" in text
-        assert "| deit_small_patch16_224, r=13 | 8 | **ToMe, tokred** | 10 | 1.60x | 0.970 |" in text
+        assert "| deit_small_patch16_224, r=13 | 8 | **ToMe, tokred** | 10 | 1.60x | 0.970 | 0.980 |" in text
         assert "| C1: match_merge against the eager PyTorch step | B=1: 9x, B=8: 5x | ≥ 4x | ≥ 8x |" in text
         assert "On a GPU: **not measured**" in text
 

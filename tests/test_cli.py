@@ -264,6 +264,13 @@ def test_wrong_kernel_is_caught_and_nothing_is_timed(bug, tmp_path, capsys):
     assert record["agreement"]["wrong"] > 0
 
 
+def test_cosine_of_equal_rows_is_one_also_of_zeros():
+    zero, one = torch.zeros(2, 3), torch.tensor([[1.0, 0, 0], [0, 1, 0]])
+    assert agreement.cosine(zero, zero) == agreement.cosine(one, one) == 1
+    assert agreement.cosine(zero, one) == 0
+    assert agreement.cosine(one, one.flip(0)) == 0
+
+
 class TestWithinMargin:
     """The judge of assignments is judged."""
 

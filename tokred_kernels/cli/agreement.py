@@ -86,8 +86,9 @@ def within_margin(metric: Tensor, assign: Tensor, r: int, prefix: int = 1) -> Te
 
 
 def cosine(a: Tensor, b: Tensor) -> float:
-    """The smallest cosine between rows of a and of b, [B, classes] each."""
-    return float(F.cosine_similarity(a.double(), b.double(), dim=-1).min())
+    """The smallest cosine between rows of a and of b, [B, classes] each; 1 for equal rows, also of zeros."""
+    similar = F.cosine_similarity(a.double(), b.double(), dim=-1)
+    return float(similar.masked_fill((a == b).all(-1), 1).min())
 
 
 def same_top1(a: Tensor, b: Tensor) -> int:

@@ -45,6 +45,8 @@ def run(args: argparse.Namespace) -> int:
     _check_files(args)
     device = _device(args.device)
     dtype = DTYPES[args.dtype or ("bfloat16" if device.startswith("cuda") else "float32")]
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)  # graphs, events and streams are those of the current device
     if args.threads:
         torch.set_num_threads(args.threads)
     from . import images, table
@@ -147,9 +149,11 @@ def _device(name: str | None) -> str:
         kind, index = "", None
     if kind not in ("cpu", "cuda"):
         raise UserError(f"--device must be cpu or cuda, got {device!r}")
-    if kind == "cuda" and (index or 0) >= torch.cuda.device_count():
+    if kind == "cpu":
+        return kind
+    if (index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device {device}: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices")
-    return device
+    return f"cuda:{index or 0}"
 
 
 def _create(args: argparse.Namespace) -> nn.Module:

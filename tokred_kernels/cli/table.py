@@ -68,7 +68,7 @@ def _heading(record: dict) -> Iterator[str]:
     size, tokens, macs = "x".join(map(str, record["image_size"])), record["tokens"], record["macs"]
     where = f"{cpu['name']} ({cpu['isa']}), {cpu['threads']} thread{'s' * (cpu['threads'] != 1)}"
     if record["device"].startswith("cuda"):
-        where = record["machine"]["gpus"][0]["name"]
+        where = record["machine"]["gpus"][int(record["device"].removeprefix("cuda:"))]["name"]
     yield f"[bold]{record['model']}[/], {record['method']} r={record['r']}, {record['weights']} weights"
     yield f"{len(record['images'])} images of {size}, {record['batch_size']} a call, {record['dtype']}, on {where}"
     yield f"tokens {tokens[0]} -> {tokens[-1]}, GMACs an image {macs['dense'] / 1e9:.2f} -> {macs['reduced'] / 1e9:.2f}"

@@ -1,7 +1,10 @@
 """Every Triton kernel, in the variants the launchers launch, compiled for four GPUs: nothing spills, everything fits.
 
-Compilations are kept in .cache/triton, by source; a first run takes a minute.
+Compilations are kept in .cache/triton, by source: the first run takes a minute, the next ones two seconds.
 """
+
+import collections
+import dataclasses
 
 import pytest
 import torch
@@ -54,3 +57,29 @@ def test_resources(launch, target):
     assert got.stores >= 1
     # 6 products of 64 x BN x 64, on tensor cores: one instruction multiplies at most 64 x 256 x 16.
     assert (got.products >= 6 * 64 // 16) == (launch.name == "edges_kernel")
+
+
+def test_a_spill_is_seen():
+    """The gate can fail: 128 x 128 scores and six operands fit no register file."""
+    edges = next(v for v in launches("match", torch.zeros(2, 197, 384), 13) if v.name == "edges_kernel")
+    wide = tuple((i, 128 if edges.signature[i][0] in ("BM", "BN") else value) for i, value in edges.constants)
+    edges = dataclasses.replace(edges, constants=wide)
+    assert resources(compile_for(edges, "sm80"), "sm80").spills > 0
+
+
+def test_twelve_lengths_compile_few_variants():
+    """A DeiT-S with r = 13: one launch configuration for each power of two, not one for each N."""
+    variants = collections.defaultdict(set)
+    N = 197
+    for _ in range(12):
+        for launch in launches(
+            "match_merge", torch.zeros(2, N, 384), keys(N, 6, 64, torch.float32), 13, 1, torch.ones(2, N)
+        ):
+            variants[launch.name].add(launch)
+        N -= 13
+    assert {name: len(found) for name, found in variants.items()} == {
+        "unit_kernel": 1,
+        "edges_kernel": 1,
+        "assign_kernel": 2,
+        "merge_kernel": 3,
+    }

@@ -1,7 +1,7 @@
 """Every Triton kernel on the CPU, in the repaired interpreter, over the table of cases against the oracle.
 
 Uninitialised memory is NaN or the largest integer there, and every call checks that its inputs are unchanged. Layouts,
-races and the rounding of tensor cores are invisible to an interpreter: test_triton_aot.py and test_triton_gpu.py.
+races and the rounding of tensor cores are invisible to an interpreter: test_triton_aot.py and test_gpu_triton.py.
 """
 
 import pytest
@@ -97,7 +97,7 @@ def test_nearly_tied_keys(triton):
 
 
 def test_ties_across_tiles_go_to_the_lowest_index(triton):
-    """5 different rows a and 5 rows b, over several tiles of both: 30 equal edges, and the 40 best rows end in a tie."""
+    """5 different rows a and 5 rows b, over several tiles of both: 30 equal edges, the best 40 rows end in a tie."""
     metric = torch.randn(10, 8, generator=torch.Generator().manual_seed(0)).repeat(30, 1)[None]
     assert check_assign(triton("match", metric, 40, 0), metric, 40, 0) == 1
 

@@ -5,6 +5,7 @@ the variants that are launched: specialised as Triton does it, with the constant
 """
 
 import collections
+import hashlib
 import importlib
 import os
 import pathlib
@@ -121,11 +122,7 @@ def resources(kernel: CompiledKernel, target: str) -> Resources:
         loads, stores = count("(?:buffer|global)_load"), count("(?:buffer|global)_store")
         return Resources(field("vgpr_count"), spills, shared, loads, stores, count("v_mfma"))
 
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(kernel.asm["cubin"])
-        cubin.flush()
-        usage = _run("cuobjdump", "-res-usage", cubin.name)
-        code = _run("nvdisasm", "-c", cubin.name)
+    usage, code = _disassembled(kernel.asm["cubin"])
     registers, stack = (int(n) for n in re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
     # A line is `/*0070*/  @!P0 LDG.E.128 R4, ... ;`.
     mnemonics = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_]+)", code, re.M)
@@ -135,5 +132,15 @@ def resources(kernel: CompiledKernel, target: str) -> Resources:
     return Resources(registers, spills, shared, loads, of["STG"], of["HMMA"] + of["HGMMA"] + of["UTCHMMA"])
 
 
-def _run(tool: str, *args: str) -> str:
-    return subprocess.run([_TOOLS / tool, *args], capture_output=True, text=True, check=True).stdout
+def _disassembled(cubin: bytes) -> tuple[str, str]:
+    """What cuobjdump says of the resources, and the instructions; kept beside the compilations, by content."""
+    path = CACHE / f"{hashlib.sha256(cubin).hexdigest()}.sass"
+    if not path.exists():
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(cubin)
+            file.flush()
+            calls = ["cuobjdump", "-res-usage", file.name], ["nvdisasm", "-c", file.name]
+            texts = [subprocess.run([_TOOLS / c[0], *c[1:]], capture_output=True, text=True, check=True) for c in calls]
+        path.write_text("\0".join(t.stdout for t in texts))
+    usage, code = path.read_text().split("\0")
+    return usage, code

@@ -13,17 +13,18 @@ from unittest import mock
 
 import torch
 
-
 _launched: list[str] = []  # kernels, in order
 
 
 def repair() -> None:
-    """Repairs, in triton 3.6 with numpy 2.4 and 2.5; each is harmless where a newer version no longer needs it.
+    """Repairs, in triton 3.6 with numpy 2.4, and up to triton 3.9; each is harmless where a newer version no longer needs it.
 
     - an index is one element of whatever shape: `range(0, n)` with n of shape [1] raises in numpy >= 2.4;
     - the cast from float32 to bfloat16 rounds to nearest even, as the hardware does; the interpreter truncates;
     - tl.dot of bfloat16 multiplies values, not their bit patterns;
     - tl.dot runs in float64: numpy's float32 matmul rounds equal rows differently at its tile edges;
+    - a scalar keeps its numpy dtype when it becomes a block: a comparison became integers, which triton 3.9 refuses as a
+      mask;
     - a device function patches triton.language at its first call in a launch; the interpreter does at every call, which
       takes most of its time.
     """
@@ -67,11 +68,16 @@ def repair() -> None:
             product = np.matmul(wide(a), wide(b)) + d.data
         return interpreter.TensorHandle(product.astype(d.data.dtype), d.dtype.scalar)
 
+    def splat(self, block_type, scalar):
+        value = np.asarray(scalar.data).reshape(-1)[0]
+        return interpreter.TensorHandle(np.full(block_type.shape, value), scalar.dtype.scalar)
+
     interpreter._patch_lang_tensor = patch_tensor_with_index
     for name in dir(builder):
         if getattr(builder, name) is cast:
             setattr(builder, name, cast_rounding)
     builder.create_dot = dot
+    builder.create_splat = splat
 
     patched = set()
     execute = interpreter.GridExecutor.__call__
@@ -125,7 +131,7 @@ def _pack(value) -> bytes:
 
 
 class Interpreter:
-    """Calls ops by name in the interpreting process, which checks that inputs are unchanged; results and errors return."""
+    """Calls ops by name in the interpreting process, which checks that inputs are unchanged."""
 
     def __init__(self, pool: concurrent.futures.Executor) -> None:
         self._pool = pool

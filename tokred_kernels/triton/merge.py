@@ -3,13 +3,18 @@
     mean: out_j = sum_i w_i x_i / sum_i w_i over assign_i = j;   sum w = 0: sum_i x_i / count;   one member: x_i itself
     sum:  out_j = sum_i w_i x_i;   amax: out_j = max_i x_i, NaN wins;   no member: 0;   size_out_j = sum_i size_i
 
-merge_kernel   one warp an output row and block of BC channels. It finds its members by comparing all of assign with j:
-               788 bytes at N = 197, from L1, so a row costs about 40 instructions a member and no second launch.
-order_kernel   only where N > _SCANNED: the members of every row as a list, order [B, N] with start [B, M + 1], by a stable
-               counting sort that compares (N^2 / 2^17 instructions a warp, 1 % of the matching that went before).
+merge_kernel   one warp: an output row and a block of BC channels. It finds its members by comparing all of assign with
+               its row: 788 bytes at N = 197, from L1, and no second launch. Four members are in flight at a time, so
+               that a row with many is bound by memory and not by its latency.
+order_kernel   only where N > _SCANNED: the members of every row as a list, order [B, N] from start [B, M + 1], by a
+               stable counting sort: N^2 comparisons by all of the GPU instead of M N by the warps of merge_kernel.
 
-Four members are in flight at a time, so that a row with many members is bound by the memory and not by its latency.
 Floor, DeiT-S B=256 N=197 r=13 C=384 bfloat16 on an H200: x once 38.7 MB, out 36.2 MB = 17.4 us; size and assign 0.6 MB.
+
+Registers, no shared memory, no spills        sm_80          sm_90          sm_100         gfx942
+    merge_kernel, N = 197, bfloat16           79             72             80             56
+    merge_kernel, N = 197, float32            96             96             128            56
+    order_kernel                              89             89             89             40
 """
 
 import torch

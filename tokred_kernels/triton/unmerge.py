@@ -3,6 +3,7 @@
 unmerge_kernel   BN tokens of an image and BC channels: one gather of BN rows, one store.
 
 Floor, DeiT-S B=256 N=197 M=184 C=384 bfloat16 on an H200: y once 36.2 MB, x 38.7 MB = 17.4 us.
+Registers 30, no shared memory, no spills on sm_80, 90, 100 and gfx942.
 """
 
 import torch

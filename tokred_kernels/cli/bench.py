@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from . import machine
+from . import images, machine, plot, table
 from .errors import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -49,31 +49,30 @@ def run(args: argparse.Namespace) -> int:
         torch.cuda.set_device(device)  # graphs, events and streams are those of the current device
     if args.threads:
         torch.set_num_threads(args.threads)
-    from . import images, table
-
     with table.progress() as progress, torch.inference_mode():
         try:
-            record = _measure(args, device, dtype, images.load, progress)
+            record = _measure(args, device, dtype, progress)
         except torch.OutOfMemoryError as error:
             raise UserError(f"out of GPU memory, lower --batch-size ({error})") from None
     table.show(record)
-    if args.json:
-        args.json.write_text(json.dumps(record, indent=2) + "\n")
-    if args.plot and "timing" in record:
-        from . import plot
-
-        plot.save(record, args.plot)
+    try:
+        if args.json:
+            args.json.write_text(json.dumps(record, indent=2) + "\n")
+        if args.plot and "timing" in record:
+            plot.save(record, args.plot)
+    except OSError as error:
+        raise UserError(f"cannot save the results: {error}") from None
     return 0 if record["agreement"]["passed"] else 1
 
 
-def _measure(args: argparse.Namespace, device: str, dtype: torch.dtype, load, progress) -> dict:
+def _measure(args: argparse.Namespace, device: str, dtype: torch.dtype, progress: table.Stages) -> dict:
     """Builds, verifies and times; the record is what --json saves."""
     progress.stage("building the models")
     model = _create(args)
-    names, pixels = load(args.image, model)
+    names, pixels = images.load(args.image, model)
     model, pixels = model.to(device, dtype), pixels.to(device, dtype)
     from .. import schedule
-    from . import variants
+    from . import variants  # not above: it imports timm
 
     r = args.r if args.inflection is None else (args.r, args.inflection)
     try:

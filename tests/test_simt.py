@@ -6,6 +6,7 @@ import pytest
 import torch
 from cases import MATCH_CASES, MERGE_CASES, MatchCase, MergeCase
 from simt import ops
+
 from tokred_kernels import reference
 
 SEEDS = (0, 1, 2)  # 0: threads in order

@@ -11,6 +11,7 @@
 namespace tokred {
 
 constexpr int kThreads = 256, kWarp = 32, kWarps = kThreads / kWarp;
+constexpr int kAhead = 4;  // 16-byte loads a thread has in flight
 constexpr unsigned kAllLanes = 0xffffffffu;
 
 #ifdef __CUDACC__

@@ -6,14 +6,17 @@
 // an edge is the number of better ones; assign is written by a ballot scan.  match_split.cuh serves everything larger.
 //
 // Products are float32 FMA, one chain over ascending d for every pair, so equal rows score bitwise equal wherever they
-// sit and the error stays below 1e-6: sqrt(64) roundings of 2^-25 each, about 5 sigma.  Three TF32 or six bf16 tensor
-// core products would be 1.6x faster at best, but their accumulator truncates at a width that is not documented.
+// sit; error at most 4.8e-7 for D <= 128 (tests/test_simt.py holds it to 1e-6).  Three TF32 or six bf16 tensor core
+// products would at best be 1.6x faster by arithmetic, but how their accumulator truncates is not documented.
 //
-// Floor, DeiT-S B=256 N=197 H=6 D=64 bf16 on 132 SMs: keys 38.7 MB once = 9 us, 4 N bytes out, 4850 FMA clocks an image
+// Floor, DeiT-S B=256 N=197 H=6 D=64 bf16 on 132 SMs: keys 38.7 MB once = 9 us, 4 N bytes out; 4850 FMA clocks an image
 // = 5.7 us (two images an SM, 1.7 GHz).
 //
-// sm_90, kTile:      4    5    6    7    8
-// @MATCH_TABLE@
+//   sm_90           registers   blocks an SM   shared memory
+//   match_kernel<4>        96              2   272 bytes a row: 62 KB for N = 197, 108 KB for N = 577
+//   match_kernel<5>       118              2
+//   match_kernel<6>       128              2
+//   match_kernel<7>       128              2
 #pragma once
 #include "device.cuh"
 
@@ -55,7 +58,6 @@ __device__ __forceinline__ uint64_t with_index(uint64_t key, int index) { return
 // Elements 0 .. 7 of the sum over heads, in head order; zero past `left`.
 template <typename T>
 __device__ __forceinline__ void add_heads(const MatchBatch& m, const T* row, int left, float (&sum)[8]) {
-  constexpr int kAhead = 4;  // loads in flight: 32 KB an SM with two blocks
   for (int h = 0; h < m.H; h += kAhead) {
     Pack<T, 8> part[kAhead] = {};
 #pragma unroll
@@ -178,7 +180,7 @@ struct BestEdges {
         if (weight) {
           const int row = i0 + threadIdx.x / 16 + 16 * i;
           s = (s + 1) / 2;
-          s = s < 0 ? 0 : s;  // NaN stays
+          s = s < 0 ? 0 : s;                                                   // NaN stays
           if (m.power != 1) s = m.power == 0 ? 1 : exp2f(m.power * log2f(s));  // powf inlined 64 times would spill
           s = s * (row < rows ? weight[m.first_a() + 2 * row] : 0) * column_weight;
         }

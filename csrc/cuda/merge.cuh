@@ -3,12 +3,16 @@
 // A warp takes an output row: it finds the members by ballots over assign, 256 tokens a step, and keeps them in a list
 // in shared memory; then each lane adds up 16 bytes of channels, four members ahead.  A single member, the usual case,
 // is copied.  Where there are few output rows (everything merged into one token) the warps share a row by channels.
-// Scanning costs N M / 32 steps, less than the N^2 D / 4 products of match at any N.
+// Scanning is N M / 32 warp steps, less than the N^2 D / 128 of match at any N.
 //
-// Floor, DeiT-S B=256 N=197 -> 184 C=384 bf16: 38.7 MB + 36.2 MB = 17.4 us at 4.3 TB/s.
+// Floor, DeiT-S B=256 N=197 -> 184 C=384 bf16: 38.7 MB + 36.2 MB = 17.4 us at 4.3 TB/s; 32 warps an SM with a row each
+// have the 24 KB in flight that this needs.
 //
-// sm_90:        float  half  bfloat16   scalar: float  half  bfloat16
-// @MERGE_TABLE@
+//   sm_90                     registers   blocks an SM   shared memory
+//   merge_kernel<float, 4>           64              4           10 KB
+//   merge_kernel<half, 8>            64              4
+//   merge_kernel<bfloat16, 8>        64              4
+//   merge_kernel<*, 1>          63 - 64              4
 #pragma once
 #include "device.cuh"
 
@@ -74,7 +78,6 @@ struct RowSum {
   template <typename T>
   __device__ __forceinline__ void add(const Members& list, const T* x, int64_t s_n, int c, bool active, const float* w,
                                       const float* sizes, bool amax) {
-    constexpr int kAhead = 4;
     for (int first = 0; first < list.found; first += kAhead) {
       Pack<T, kVector> part[kAhead] = {};
       float w_of[kAhead];
@@ -123,10 +126,17 @@ __global__ void __launch_bounds__(kThreads, 4) merge_kernel(const MergeBatch g, 
   const bool whole = list.next >= g.N;  // and it stays so: the list need not be made again for each chunk
 
   if (whole && list.found == 1 && g.reduce != kReduceSum) {
-    const int i = list.token[0];
-#pragma unroll 4
-    for (int v = slice * kWarp + lane; v < vectors; v += grid.slices * kWarp)
-      reinterpret_cast<Vector*>(out)[v] = reinterpret_cast<const Vector*>(x + i * g.s_n)[v];
+    const int i = list.token[0], step = grid.slices * kWarp;
+    const Vector* from = reinterpret_cast<const Vector*>(x + i * g.s_n);
+    for (int first = slice * kWarp + lane; first < vectors; first += kAhead * step) {
+      Vector part[kAhead];  // all loads, then all stores: the compiler must not assume that out is not x
+#pragma unroll
+      for (int k = 0; k < kAhead; ++k)
+        if (first + k * step < vectors) part[k] = from[first + k * step];
+#pragma unroll
+      for (int k = 0; k < kAhead; ++k)
+        if (first + k * step < vectors) reinterpret_cast<Vector*>(out)[first + k * step] = part[k];
+    }
     if (slice == 0 && lane == 0) g.size_out[b * g.M + j] = size ? size[i] : 1;
     return;
   }

@@ -3,7 +3,10 @@
 //
 // Floor: (M + N) C element bytes and 4 N; DeiT-S B=256 184 -> 197 C=384 bf16: 75 MB = 17.4 us at 4.3 TB/s.
 //
-// @UNMERGE_TABLE@
+//   sm_90                   registers   blocks an SM   shared memory
+//   unmerge_kernel<uint4>          32              8               -
+//   unmerge_kernel<uint32>         32              8
+//   unmerge_kernel<uint16>         32              8
 #pragma once
 #include "device.cuh"
 
@@ -25,12 +28,17 @@ __global__ void __launch_bounds__(kThreads) unmerge_kernel(const UnmergeBatch<Wo
   const int32_t* assign = u.assign + b * u.N + first;
   const Word* y = u.y + b * u.s_b;
   Word* x = u.x + (b * u.N + first) * u.words;
-#pragma unroll 4
-  for (int w = threadIdx.x; w < count * u.words; w += kThreads) {
-    const int i = w / u.words, j = assign[i];
-    Word word = {};
-    if (j >= 0 && j < u.M) word = y[j * u.s_n + (w - i * u.words)];
-    x[w] = word;
+  const int words = count * u.words;
+  for (int start = threadIdx.x; start < words; start += kAhead * kThreads) {
+    Word part[kAhead] = {};  // all loads, then all stores: the compiler must not assume that x is not y
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) {
+      const int w = start + k * kThreads, i = w / u.words, j = w < words ? assign[i] : -1;
+      if (j >= 0 && j < u.M) part[k] = y[j * u.s_n + (w - i * u.words)];
+    }
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k)
+      if (start + k * kThreads < words) x[start + k * kThreads] = part[k];
   }
 }
 

@@ -8,6 +8,7 @@ import struct
 
 import torch
 from torch import Tensor
+
 from tokred_kernels import _check
 
 from .build import emulator

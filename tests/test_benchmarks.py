@@ -291,6 +291,9 @@ class TestReadmeTable:
         assert once == "# a\n<!-- table:begin -->\nnew\n<!-- table:end -->\n# b\n"
         assert readme_table.insert(once, "new") == once
 
+    def test_our_readme_has_the_markers(self):
+        assert "\nnew\n" in readme_table.insert(readme_table.README.read_text(), "new")
+
     @pytest.mark.parametrize("readme", ["", "<!-- table:begin -->", "<!-- table:end --><!-- table:begin -->"])
     def test_readme_without_a_pair_of_markers_is_refused(self, readme):
         with pytest.raises(ValueError, match="table:begin"):

@@ -20,7 +20,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def lay_out(t: Tensor, layout: str) -> Tensor:
-    """The same values behind other strides: "sliced" is a window of a larger tensor, "inner" has an inner stride of 2."""
+    """The same values behind other strides: "sliced", a window of a larger tensor; "inner", an inner stride of 2."""
     if layout == "sliced":
         big = torch.full([n + 3 for n in t.shape], float("nan"), dtype=t.dtype, device=t.device)
         window = big[tuple(slice(1, n + 1) for n in t.shape)]

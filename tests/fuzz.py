@@ -1,6 +1,7 @@
 """Random cases of every op against the float64 oracle: `make fuzz`, or `python -m tests.fuzz --cases 100000 --seed 1`.
 
-Each case is a MatchCase or a MergeCase with random fields, run by one of the CPU's instruction sets; a failure prints it.
+Each case is a MatchCase or a MergeCase with random fields, run by one of the CPU's instruction sets; a failure prints
+its recipe.
 """
 
 import argparse

@@ -140,7 +140,11 @@ def test_hostile_assign_means_dropped_and_is_an_error_under_debug(bad):
     code = f"""
 import torch, tokred_kernels as tokred
 assign = torch.zeros(2, 7, dtype=torch.int32); assign[0, 3] = {bad}
-for name, call in [("merge", lambda a: tokred.merge(torch.ones(2, 7, 4), a, 3)), ("unmerge", lambda a: tokred.unmerge(torch.ones(2, 3, 4), a))]:
+calls = {{
+    "merge": lambda a: tokred.merge(torch.ones(2, 7, 4), a, 3),
+    "unmerge": lambda a: tokred.unmerge(torch.ones(2, 3, 4), a),
+}}
+for call in calls.values():
     call(assign.clamp(-1, 2))
     try:
         call(assign)

@@ -1,4 +1,4 @@
-"""The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer: random, trap and hostile cases in a subprocess."""
+"""The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer: random, trap and hostile cases."""
 
 import hashlib
 import os
@@ -13,7 +13,7 @@ from torch.utils.cpp_extension import include_paths, library_paths
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / ".cache" / "sanitized"
-FLAGS = "-O1 -g -std=c++17 -fPIC -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer".split()
+FLAGS = ["-O1", "-g", "-std=c++17", "-fPIC", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 
 def _library(csrc: Path = ROOT / "csrc") -> Path:

@@ -145,7 +145,7 @@ def test_export_and_load(tmp_path):
 
 
 def test_use_backend_selects_and_restores():
-    x, k, size, _ = tensors()
+    x, k, _, _ = tensors()
     before = tokred.info()
     seen = {}
     for name in ("reference", "cpu"):

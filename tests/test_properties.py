@@ -105,7 +105,7 @@ def test_an_image_alone_gives_the_same_plan_as_in_a_batch(image):
 @given(images(min_patches=2))
 def test_a_power_of_two_scale_of_the_keys_changes_nothing(image):
     """Cosine similarity: exact under powers of two, away from the norm's floor."""
-    x, k, r, p, _ = image
+    _, k, r, p, _ = image
     assert (
         torch.equal(tokred.match(k, r, p), tokred.match(k * 4, r, p)) or (k.float().mean(1).norm(dim=-1) < 1e-5).any()
     )

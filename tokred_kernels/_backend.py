@@ -1,4 +1,4 @@
-"""Which kernel runs where: loading, choosing, reporting. The dispatcher is the registry; nothing here is on the hot path.
+"""Which kernel runs where: loading, choosing, reporting. The dispatcher is the registry, nothing here is on a hot path.
 
 CompositeExplicitAutograd   reference.py, any device
 CPU                         csrc/cpu
@@ -121,10 +121,8 @@ def info() -> dict[str, dict[str, str]]:
     """
     selected = _selected[-1] if _selected else None
     cpu = "reference" if selected == "reference" else f"cpu ({torch.ops.tokred.cpu_isa()})"
-    if selected in ("reference", "triton"):
-        cuda = selected
-    else:
-        cuda = "triton" if _cuda_missing else "cuda"
+    built = "triton" if _cuda_missing else "cuda"
+    cuda = selected if selected in ("reference", "triton") else built
     reasons = {}
     if _cuda_missing:
         reasons["cuda"] = _cuda_missing

@@ -49,7 +49,7 @@ def _per_token(op: str, argument: str, t: Tensor | None, B, N, device: torch.dev
 
 
 def _shape_and_device(op: str, argument: str, t: Tensor, letters: str, shape: tuple, device: torch.device) -> None:
-    if t.dim() != len(shape) or any(have != want for have, want in zip(t.shape, shape)):
+    if t.dim() != len(shape) or any(have != want for have, want in zip(t.shape, shape, strict=True)):
         _fail(op, argument, f"{letters} = {list(shape)}", str(list(t.shape)))
     if t.device != device:
         _fail(op, argument, f"on {device}", str(t.device))

@@ -1,4 +1,4 @@
-"""match_merge: match + merge in one pass. Kernels: csrc/cpu/match_merge.cpp, csrc/cuda/match_merge.cu, triton/match_merge.py."""
+"""match_merge: match + merge in one pass. Kernels: match_merge in csrc/cpu, csrc/cuda and triton."""
 
 import torch
 from torch import Tensor

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from cases import MATCH_CASES, MERGE_CASES, MatchCase
-from oracle import check_assign, check_merge
+from oracle import check_assign, check_merge, edge_scores
 
 import tokred_kernels as tokred
 
@@ -72,6 +72,27 @@ def step(B: int, N: int, dtype: torch.dtype = torch.bfloat16, device: str = "cud
     """Inputs of a DeiT-S step of match_merge."""
     case = MatchCase(B=B, N=N, C=384, H=6, D=64, r=13, dtype=dtype, trap="alike")
     return case.x(device), case.metric(device), case.r, case.p, case.size(device)
+
+
+@pytest.mark.parametrize("weighted", [False, True], ids=["cosine", "weighted"])
+@pytest.mark.parametrize("D", [3, 64, 200, 1024])
+def test_edges_obey_the_precision_rule(D, weighted, monkeypatch):
+    """Tensor cores truncate their sums: edge scores may still be 1e-6 off at most."""
+    from tokred_kernels.triton import match
+
+    kernel, launched = match.edges_kernel, []
+
+    class Recorder:
+        def __getitem__(self, grid):
+            return lambda *args, **kwargs: (kernel[grid](*args, **kwargs), launched.append(args))
+
+    monkeypatch.setattr(match, "edges_kernel", Recorder())
+    case = MatchCase(B=1, N=300, H=2, D=D, trap="alike", weighted=weighted, power=2.0)
+    weight = case.weight("cuda")
+    tokred.match(case.metric("cuda"), case.r, case.p, weight, power=case.power)
+    exact, _, _ = edge_scores(case.metric()[0], case.p, case.weight()[0] if weighted else None, case.power)
+    edge = launched[0][2]
+    assert (edge.double().cpu() - torch.from_numpy(exact.max(1))).abs().max() < 1e-6
 
 
 def test_equal_rows_tie_wherever_they_sit():

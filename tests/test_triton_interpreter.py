@@ -7,7 +7,7 @@ races and the rounding of tensor cores are invisible to an interpreter: test_tri
 import pytest
 import torch
 from cases import MATCH_CASES, MERGE_CASES, MatchCase, MergeCase
-from oracle import check_assign, check_merge
+from oracle import check_assign, check_merge, edge_scores
 from triton_interpreter import interpreter
 
 # match_merge launches the kernels of match and merge: what is left to see is how it puts them together.
@@ -96,6 +96,36 @@ def test_nearly_tied_keys(triton):
     assert check_assign(triton("match", keys, 13), keys, 13, 1) >= 8
 
 
+@pytest.mark.parametrize("power", [None, 1.0, 2.0, 0.3])
+@pytest.mark.parametrize("D", [3, 64, 200])
+def test_edges_obey_the_precision_rule(D, power, triton):
+    """Without the smallest of the six products they would be 2e-6 off, too little for any assignment to tell."""
+    case = MatchCase(B=1, N=90, H=2, D=D, trap="alike", weighted=power is not None)
+    metric, weight = case.metric(), case.weight()
+    triton("match", metric, case.r, case.p, weight, power=power or 1.0)
+    exact, _, _ = edge_scores(metric[0], case.p, None if weight is None else weight[0], power or 1.0)
+    edge = triton.launched["edges_kernel"]["edge_ptr"]
+    assert (edge.double() - torch.from_numpy(exact.max(1))).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("weighted", [False, True], ids=["cosine", "weighted"])
+def test_an_edge_of_nan_is_minus_infinity(weighted, triton):
+    case = MatchCase(B=1, trap="nan", weighted=weighted)
+    metric, weight = case.metric(), case.weight()
+    triton("match", metric, case.r, case.p, weight)
+    exact, _, _ = edge_scores(metric[0], case.p, weight[0] if weighted else None)
+    lost = torch.from_numpy(exact.max(1)).isneginf()
+    assert lost.any()
+    assert torch.equal(triton.launched["edges_kernel"]["edge_ptr"][0].isneginf(), lost)
+
+
+def test_power_zero_of_opposite_keys(triton):
+    """0^0 = 1: all edges are the product of the weights."""
+    metric = torch.tensor([1.0, -1.0]).repeat(10)[None, :, None]
+    weight = torch.arange(1.0, 21.0)[None]
+    assert check_assign(triton("match", metric, 3, 0, weight, power=0.0), metric, 3, 0, weight, 0.0) == 1
+
+
 def test_ties_across_tiles_go_to_the_lowest_index(triton):
     """5 different rows a and 5 rows b, over several tiles of both: 30 equal edges, the best 40 rows end in a tie."""
     metric = torch.randn(10, 8, generator=torch.Generator().manual_seed(0)).repeat(30, 1)[None]
@@ -106,7 +136,7 @@ def test_rows_ranked_by_a_kernel_of_their_own(triton):
     case = MatchCase(B=1, N=1101, H=0, D=8, r=300, trap="duplicates")
     metric = case.metric()
     assign = triton("match", metric, case.r, case.p)
-    assert triton.launched == ["unit_kernel", "edges_kernel", "rank_kernel", "assign_kernel"]
+    assert list(triton.launched) == ["unit_kernel", "edges_kernel", "rank_kernel", "assign_kernel"]
     check_assign(assign, metric, case.r, case.p)
 
 
@@ -115,7 +145,7 @@ def test_members_from_lists(kind, reduce, triton):
     case = MergeCase(B=1, N=1030, M=3, C=5, kind=kind, size="count")
     x, assign, size = case.x(), case.assign(), case.per_token("size")
     got = triton("merge", x, assign, case.M, size, reduce=reduce)
-    assert triton.launched == ["order_kernel", "merge_kernel"]
+    assert list(triton.launched) == ["order_kernel", "merge_kernel"]
     check_merge(got, x, assign, case.M, size, reduce=reduce)
 
 
@@ -128,9 +158,9 @@ def test_a_row_longer_than_the_registers(triton):
 def test_the_kernels_are_what_runs(triton):
     case = MatchCase(N=9, C=3, D=2, r=2)
     triton("match_merge", case.x(), case.metric(), case.r, case.p, case.size())
-    assert triton.launched == ["unit_kernel", "edges_kernel", "assign_kernel", "merge_kernel"]
+    assert list(triton.launched) == ["unit_kernel", "edges_kernel", "assign_kernel", "merge_kernel"]
     triton("unmerge", case.x(), torch.zeros(2, 4, dtype=torch.int32))
-    assert triton.launched == ["unmerge_kernel"]
+    assert list(triton.launched) == ["unmerge_kernel"]
 
 
 def test_a_single_member_is_copied_bit_for_bit(triton):
@@ -162,3 +192,16 @@ def test_bad_input_is_refused_as_everywhere(triton):
         triton("match", torch.zeros(1, 4, 2), 1, 5)
     with pytest.raises(RuntimeError, match=r"^merge: assign must be int32 \[B, N\] = \[1, 4\], got int64 \[1, 4\]"):
         triton("merge", torch.zeros(1, 4, 2), torch.zeros(1, 4, dtype=torch.int64), 2)
+
+
+def test_stray_rows_are_an_error_under_debug(monkeypatch):
+    from tokred_kernels.triton import _launch
+
+    assign = torch.tensor([[0, -1, 5]], dtype=torch.int32)
+    _launch.refuse_stray_rows("merge", assign, 3)
+    monkeypatch.setattr(_launch, "_DEBUG", True)
+    _launch.refuse_stray_rows("merge", assign, 6)
+    with pytest.raises(
+        RuntimeError, match=r"^merge: assign must be in \[-1, m\) = \[-1, 3\) under TOKRED_DEBUG=1, got 5"
+    ):
+        _launch.refuse_stray_rows("merge", assign, 3)

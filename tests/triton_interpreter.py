@@ -13,18 +13,19 @@ from unittest import mock
 
 import torch
 
-_launched: list[str] = []  # kernels, in order
+_launched: dict[str, dict[str, torch.Tensor]] = {}  # the tensors of each kernel, kernels in order
 
 
 def repair() -> None:
-    """Repairs, in triton 3.6 with numpy 2.4, and up to triton 3.9; each is harmless where a newer version no longer needs it.
+    """Faults of triton 3.6 to 3.9 with numpy 2.4 and 2.5; a repair is harmless where a version does not need it.
 
     - an index is one element of whatever shape: `range(0, n)` with n of shape [1] raises in numpy >= 2.4;
     - the cast from float32 to bfloat16 rounds to nearest even, as the hardware does; the interpreter truncates;
     - tl.dot of bfloat16 multiplies values, not their bit patterns;
     - tl.dot runs in float64: numpy's float32 matmul rounds equal rows differently at its tile edges;
-    - a scalar keeps its numpy dtype when it becomes a block: a comparison became integers, which triton 3.9 refuses as a
-      mask;
+    - a scalar keeps its numpy dtype when it becomes a block: a comparison became integers, and triton 3.9 refuses
+      those as a mask;
+    - tl.maximum and tl.minimum drop a NaN, unless told to propagate it;
     - a device function patches triton.language at its first call in a launch; the interpreter does at every call, which
       takes most of its time.
     """
@@ -78,14 +79,17 @@ def repair() -> None:
             setattr(builder, name, cast_rounding)
     builder.create_dot = dot
     builder.create_splat = splat
+    builder.create_maxnumf = lambda self, a, b: self.binary_op(a, b, np.fmax)
+    builder.create_minnumf = lambda self, a, b: self.binary_op(a, b, np.fmin)
 
     patched = set()
     execute = interpreter.GridExecutor.__call__
 
-    def execute_and_count(self, *args, **kwargs):
+    def execute_and_record(self, *args, **kwargs):
         patched.clear()
-        _launched.append(self.fn.__name__)
-        return execute(self, *args, **kwargs)
+        execute(self, *args, **kwargs)
+        tensors = {name: t for name, t in zip(self.arg_names, args, strict=False) if isinstance(t, torch.Tensor)}
+        _launched[self.fn.__name__] = tensors
 
     def call(self, *args, **kwargs):
         if self.fn not in patched:
@@ -93,7 +97,7 @@ def repair() -> None:
             interpreter._patch_lang(self.fn)
         return self.rewrite()(*args, **kwargs)
 
-    interpreter.GridExecutor.__call__ = execute_and_count
+    interpreter.GridExecutor.__call__ = execute_and_record
     interpreter.InterpretedFunction.__call__ = call
 
 
@@ -112,7 +116,7 @@ def _start() -> None:
     _entered.enter_context(tokred.use_backend("triton"))
 
 
-def _call(op: str, arguments: bytes) -> tuple[bytes, list[str]]:
+def _call(op: str, arguments: bytes) -> bytes:
     args, kwargs = torch.load(io.BytesIO(arguments))
     inputs = [t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor)]
     before = [t.clone() for t in inputs]
@@ -120,7 +124,7 @@ def _call(op: str, arguments: bytes) -> tuple[bytes, list[str]]:
     result = getattr(torch.ops.tokred, op)(*args, **kwargs)
     for t, old in zip(inputs, before, strict=True):
         torch.testing.assert_close(t, old, rtol=0, atol=0, equal_nan=True, msg=f"{op} changed an input")
-    return _pack(result), list(_launched)
+    return _pack((result, _launched))
 
 
 def _pack(value) -> bytes:
@@ -135,11 +139,12 @@ class Interpreter:
 
     def __init__(self, pool: concurrent.futures.Executor) -> None:
         self._pool = pool
-        self.launched: list[str] = []  # the kernels of the last call
+        self.launched: dict[str, dict[str, torch.Tensor]] = {}  # the kernels of the last call, with their tensors
 
     def __call__(self, op: str, *args, **kwargs):
-        result, self.launched = self._pool.submit(_call, op, _pack((args, kwargs))).result()
-        return torch.load(io.BytesIO(result))
+        packed = self._pool.submit(_call, op, _pack((args, kwargs))).result()
+        result, self.launched = torch.load(io.BytesIO(packed))
+        return result
 
 
 @contextlib.contextmanager

@@ -83,8 +83,7 @@ def unit_kernel(
     for start in range(BD, DP, BD):
         more = _head_mean(metric_ptr, n, start + d, H, N, s_h, s_n, D)
         square += tl.sum(more * more, 1)
-    norm = tl.maximum(tl.sqrt_rn(square), 1e-6, propagate_nan=tl.PropagateNan.ALL)
-    inverse = tl.div_rn(1.0, norm)[:, None]
+    inverse = tl.div_rn(1.0, tl.maximum(tl.sqrt_rn(square), 1e-6))[:, None]  # a NaN stays in its own channel
     _store_terms(at, mean * inverse, row_in & (d < DP)[None, :], DP)
     for start in range(BD, DP, BD):  # a row too long for the registers is read a second time
         more = _head_mean(metric_ptr, n, start + d, H, N, s_h, s_n, D)

@@ -246,9 +246,27 @@ def test_forward_head_alone(name):
 
 
 def test_forward_head_alone_is_refused_where_the_full_count_is_unknown():
-    model = patched("gap", dynamic_img_size=True)
-    with torch.no_grad(), pytest.raises(ValueError, match="pass size="):
-        model.forward_head(model.forward_features(images()))
+    """64 patches of a larger image, reduced to the 36 that an image of the default size has."""
+    model = patched("gap", r=7, dynamic_img_size=True)
+    with torch.no_grad():
+        features = model.forward_features(images(2, 64))
+        assert features.shape[1] == model.patch_embed.num_patches
+        with pytest.raises(ValueError, match="pass size="):
+            model.forward_head(features)
+
+
+def test_attention_dropout_acts_in_training_only(monkeypatch):
+    model, seen = patched(attn_drop_rate=0.25), []
+    attention = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(*args, dropout_p=0.0, **options):
+        seen.append(dropout_p)
+        return attention(*args, dropout_p=dropout_p, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    model(images())
+    model.train()(images())
+    assert seen == [0.0] * 4 + [0.25] * 4
 
 
 @pytest.mark.parametrize("name", ["deit", "gap", "siglip-map", "distilled"])

@@ -233,6 +233,10 @@ def test_keys_reach_match_merge_as_views_of_qkv_and_the_mask_is_broadcast(monkey
         assert seen["mask"].shape == (2, 1, 1, 37)
         block(torch.randn(2, 37, 32), None, 5)
         assert seen["mask"] is None
+        block.half()(torch.randn(2, 37, 32).half(), torch.ones(2, 37), 5)
+        assert (
+            seen["mask"].dtype == torch.float16
+        )  # CUDA's kernels want the dtype of the queries, the CPU's do not care
 
 
 def test_unfused_attention_setting_of_timm_does_not_bring_back_the_matrix():

@@ -1,31 +1,34 @@
 // match by several blocks an image: any N and D, the same scores bit for bit (D <= 128), and no N x N matrix.
 //
 //   unit_kernel    32 tokens a block: the unit rows, [B, P, width] float32 in scratch
-//   edge_kernel    a block a tile of 16 kTile x 16 kTile scores; atomicMax of the 64-bit (score, column) keys, whose
-//                  result does not depend on the order
-//   select_kernel  a block an image: the r-th best key by bisection over its bits, then assign as in match.cuh
+//   edge_kernel    a block 16 kTile rows a against a segment of the rows b: the segment's best (score, column) keys,
+//                  [B, segments, Na]; there are only as many segments as it takes to fill the device
+//   select_kernel  a block an image: the best key over the segments, the r-th best of these by bisection over its bits,
+//                  then assign as in match.cuh
 //
 // Beyond D = 128 (kDeep) each piece of 64 elements is summed by itself: one chain of many roundings near 1 would break
 // the bound of 1e-6 (error at most 4.3e-7 up to D = 2048).
 //
-// Floor, N = 16384, D = 64, one image: 8192^2 D FMA = 254k clocks on 132 SMs = 150 us; scratch 4 N D + 4 N bytes.
+// Floor, N = 16384, D = 64, one image: 8192^2 D FMA = 254k clocks on 132 SMs = 150 us; scratch 4 N D bytes and
+// 8 Na a segment.
 //
 //   sm_90                  registers   blocks an SM   shared memory
 //   unit_kernel                   64              4               -
-//   edge_kernel<7>               128              2           61 KB
+//   edge_kernel<5>               128              2           44 KB
 //   edge_kernel<5, deep>         128              2           44 KB
-//   select_kernel                 32              2           384 B
+//   select_kernel                 32              2           256 B
 #pragma once
 #include "match.cuh"
 
 namespace tokred {
 
 constexpr int kSelectThreads = 1024;
-constexpr int kEdgeTile = 7, kDeepTile = 5;  // the largest without spills on sm_80
+constexpr int kEdgeTile = 5;  // the largest without spills on sm_80, deep or not
 
 struct MatchScratch {
   float* unit;     // [B, P, width]
-  uint64_t* keys;  // [B, Na]: score and column of the best edge
+  uint64_t* keys;  // [B, segments, Na]: score and column of the best edge
+  int segments;
 };
 
 __host__ __device__ inline int64_t unit_bytes(const MatchBatch& m) {
@@ -40,8 +43,6 @@ __global__ void __launch_bounds__(kThreads) unit_kernel(const MatchBatch m, cons
     auto* image = static_cast<decltype(type)>(m.metric) + b * m.s_b;
     unit_row(m, image + (m.p + i) * m.s_n, scratch.unit + (b * P + i) * m.width(), kChunk);
   });
-  const int a = m.p + i - m.first_a();
-  if (threadIdx.x % 8 == 0 && a >= 0 && a % 2 == 0) scratch.keys[b * m.rows_a() + a / 2] = 0;
 }
 
 // Piece c of unit rows first, first + 2, ... (from the first patch of image b), `count` of them and then zeros.
@@ -58,58 +59,77 @@ __device__ __forceinline__ void stage_piece(const float* unit, int width, int fi
 
 template <int kTile, bool kDeep>
 __global__ void __launch_bounds__(kThreads, 2)
-    edge_kernel(const MatchBatch m, const MatchScratch scratch, int tiles_a, int tiles_b) {
+    edge_kernel(const MatchBatch m, const MatchScratch scratch, int tiles_a, int segment) {
   constexpr int kSide = 16 * kTile;
-  const int64_t b = blockIdx.x / unsigned(tiles_a * tiles_b);
-  const int tile = blockIdx.x % unsigned(tiles_a * tiles_b), i0 = tile / tiles_b * kSide, j0 = tile % tiles_b * kSide;
-  const int na = m.rows_a(), nb = m.rows_b(), width = m.width();
+  const int64_t b = blockIdx.x / unsigned(tiles_a * scratch.segments);
+  const int item = blockIdx.x % unsigned(tiles_a * scratch.segments);
+  const int i0 = item / scratch.segments * kSide, s = item % scratch.segments;
+  const int na = m.rows_a(), nb = m.rows_b(), width = m.width(), end = min(nb, (s + 1) * segment);
   const float* unit = scratch.unit + b * (m.N - m.p) * width;
   float *a_rows = reinterpret_cast<float*>(shared_memory()), *b_rows = a_rows + kSide * kPitch;
-  float acc[kTile][kTile] = {}, total[kDeep ? kTile : 1][kTile] = {};
-  for (int c = 0; c * kChunk < width; ++c) {
-    __syncthreads();
-    stage_piece<kSide>(unit, width, m.first_a() - m.p + 2 * i0, na - i0, c, a_rows);
-    stage_piece<kSide>(unit, width, m.first_b() - m.p + 2 * j0, nb - j0, c, b_rows);
-    __syncthreads();
-    add_products(a_rows, b_rows, min(kChunk, width - c * kChunk), acc);
-    if constexpr (kDeep) {
-#pragma unroll
-      for (int i = 0; i < kTile; ++i)
-#pragma unroll
-        for (int j = 0; j < kTile; ++j) total[i][j] += acc[i][j], acc[i][j] = 0;
-    }
-  }
   BestEdges<kTile> best;
-  if constexpr (kDeep)
-    best.take(m, b, total, i0, j0);
-  else
-    best.take(m, b, acc, i0, j0);
-  unsigned long long* keys = reinterpret_cast<unsigned long long*>(scratch.keys + b * na);
-  best.reduce(i0, na, [&](int i, uint64_t key) { atomicMax(keys + i, static_cast<unsigned long long>(key)); });
+  for (int j0 = s * segment; j0 < end; j0 += kSide) {
+    float acc[kTile][kTile] = {}, total[kDeep ? kTile : 1][kTile] = {};
+    for (int c = 0; c * kChunk < width; ++c) {
+      __syncthreads();
+      if (width > kChunk || j0 == s * segment)  // a single piece of a stays
+        stage_piece<kSide>(unit, width, m.first_a() - m.p + 2 * i0, na - i0, c, a_rows);
+      stage_piece<kSide>(unit, width, m.first_b() - m.p + 2 * j0, nb - j0, c, b_rows);
+      __syncthreads();
+      add_products(a_rows, b_rows, min(kChunk, width - c * kChunk), acc);
+      if constexpr (kDeep) {
+#pragma unroll
+        for (int i = 0; i < kTile; ++i)
+#pragma unroll
+          for (int j = 0; j < kTile; ++j) total[i][j] += acc[i][j], acc[i][j] = 0;
+      }
+    }
+    if constexpr (kDeep)
+      best.take(m, b, total, i0, j0);
+    else
+      best.take(m, b, acc, i0, j0);
+  }
+  uint64_t* keys = scratch.keys + (b * scratch.segments + s) * na;
+  best.reduce(i0, na, [&](int i, uint64_t key) { keys[i] = key; });
+}
+
+// The sum over the block, in every thread. counts: shared, [kSelectThreads / kWarp], not in use by the call before.
+__device__ __forceinline__ int block_sum(int value, int* counts) {
+  const int lane = threadIdx.x % kWarp;
+  for (int step = 1; step < kWarp; step *= 2) value += __shfl_xor_sync(kAllLanes, value, step);
+  if (lane == 0) counts[threadIdx.x / kWarp] = value;
+  __syncthreads();
+  value = counts[lane];  // as many warps as lanes
+  for (int step = 1; step < kWarp; step *= 2) value += __shfl_xor_sync(kAllLanes, value, step);
+  return value;
 }
 
 __global__ void __launch_bounds__(kSelectThreads) select_kernel(const MatchBatch m, const MatchScratch scratch) {
-  constexpr int kBits = 64;
+  static_assert(kSelectThreads == kWarp * kWarp, "block_sum");
   const int64_t b = blockIdx.x;
   const int na = m.rows_a();
-  const uint64_t* keys = scratch.keys + b * na;
-  int* better_of_bit = reinterpret_cast<int*>(shared_memory());  // [kBits], a counter a step: one barrier each
-  if (threadIdx.x < kBits) better_of_bit[threadIdx.x] = 0;
-  __syncthreads();
-  uint64_t threshold = 0;  // the largest with at least r keys not below it
-  for (int bit = kBits - 1; bit >= 0; --bit) {
+  uint64_t* keys = scratch.keys + b * scratch.segments * na;
+  for (int i = threadIdx.x; i < na; i += kSelectThreads) {  // below too, thread t reads keys t, t + kSelectThreads, ...
+    uint64_t best = keys[i];
+    for (int s = 1; s < scratch.segments; ++s) {
+      const uint64_t other = keys[int64_t(s) * na + i];
+      best = other > best ? other : best;
+    }
+    keys[i] = best;
+  }
+  int* counts = reinterpret_cast<int*>(shared_memory());  // [2, kWarp]: one barrier a step
+  uint64_t threshold = 0;                                 // the largest with at least r keys not below it
+  for (int bit = 63; bit >= 0; --bit) {
     const uint64_t candidate = threshold | uint64_t(1) << bit;
     int better = 0;
     for (int i = threadIdx.x; i < na; i += kSelectThreads) better += with_index(keys[i], i) >= candidate;
-    for (int lane = 1; lane < kWarp; lane *= 2) better += __shfl_xor_sync(kAllLanes, better, lane);
-    if (threadIdx.x % kWarp == 0) atomicAdd(better_of_bit + bit, better);
-    __syncthreads();
-    better = better_of_bit[bit];
+    better = block_sum(better, counts + bit % 2 * kWarp);
     if (better >= m.r) threshold = candidate;
     if (better == m.r) break;
   }
+  __syncthreads();
   write_assign(
-      m, b, better_of_bit + kBits, [&](int i) { return with_index(keys[i], i) >= threshold; },
+      m, b, counts, [&](int i) { return with_index(keys[i], i) >= threshold; },
       [&](int i) { return key_index(keys[i]); });
 }
 
@@ -132,20 +152,22 @@ void launch_match(const MatchBatch& m, const Device& device, Launch&& launch, Sc
       default: return launch(match_kernel<7>, m.B, kThreads, shared, m);
     }
   }
-  const int64_t unit = unit_bytes(m);
-  char* memory = static_cast<char*>(scratch(unit + m.B * m.rows_a() * int64_t(sizeof(uint64_t))));
-  const MatchScratch s{reinterpret_cast<float*>(memory), reinterpret_cast<uint64_t*>(memory + unit)};
+  const bool deep = m.width() > 2 * kChunk;
+  const int side = 16 * kEdgeTile, tiles_a = ceil_div(m.rows_a(), side), tiles_b = ceil_div(m.rows_b(), side);
+  // Two blocks a multiprocessor run at once.
+  const int64_t wanted = ceil_div(int64_t(2) * device.multiprocessors, m.B * tiles_a);
+  const int tiles = ceil_div(tiles_b, wanted < tiles_b ? int(wanted) : tiles_b), segments = ceil_div(tiles_b, tiles);
+  const int64_t unit = unit_bytes(m), keys = m.B * segments * m.rows_a() * int64_t(sizeof(uint64_t));
+  char* memory = static_cast<char*>(scratch(unit + keys));
+  const MatchScratch s{reinterpret_cast<float*>(memory), reinterpret_cast<uint64_t*>(memory + unit), segments};
   const int groups = ceil_div(m.N - m.p, kThreads / 8);
   launch(unit_kernel, m.B * groups, kThreads, 0, m, s, groups);
-  const bool deep = m.width() > 2 * kChunk;
-  const int side = 16 * (deep ? kDeepTile : kEdgeTile), tiles_a = ceil_div(m.rows_a(), side),
-            tiles_b = ceil_div(m.rows_b(), side);
-  const int64_t blocks = m.B * tiles_a * tiles_b, tile_bytes = 2 * side * kPitch * int64_t(sizeof(float));
+  const int64_t blocks = m.B * tiles_a * segments, tile_bytes = 2 * side * kPitch * int64_t(sizeof(float));
   if (deep)
-    launch(edge_kernel<kDeepTile, true>, blocks, kThreads, tile_bytes, m, s, tiles_a, tiles_b);
+    launch(edge_kernel<kEdgeTile, true>, blocks, kThreads, tile_bytes, m, s, tiles_a, tiles * side);
   else
-    launch(edge_kernel<kEdgeTile, false>, blocks, kThreads, tile_bytes, m, s, tiles_a, tiles_b);
-  launch(select_kernel, m.B, kSelectThreads, (64 + kSelectThreads / kWarp) * int64_t(sizeof(int)), m, s);
+    launch(edge_kernel<kEdgeTile, false>, blocks, kThreads, tile_bytes, m, s, tiles_a, tiles * side);
+  launch(select_kernel, m.B, kSelectThreads, 2 * kWarp * int64_t(sizeof(int)), m, s);
 }
 
 }  // namespace tokred

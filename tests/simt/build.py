@@ -1,5 +1,6 @@
 """Builds the emulator with ninja: the Python module, and programs in four flavours. Kept by source hash in .cache."""
 
+import fcntl
 import functools
 import hashlib
 import importlib.util
@@ -58,13 +59,20 @@ def build(*targets: str) -> Path:
     """The folder that holds the targets, e.g. "simt_kernels.so", "cases_thread.exe"."""
     digest = hashlib.sha256(b"".join(p.read_bytes() for p in SOURCES)).hexdigest()[:16]
     out = ROOT / ".cache/simt" / digest
-    if not all((out / t).exists() for t in targets):
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "build.ninja").write_text(_rules(out))
-        command = [_ninja(), "-f", str(out / "build.ninja"), *(str(out / t) for t in targets)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"the emulator does not build:\n{done.stdout[-8000:]}{done.stderr[-2000:]}")
+    if all((out / t).exists() for t in targets):
+        return out
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / "lock", "w") as lock:  # parallel test processes build once, not into each other's files
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        failure = out / "failure.txt"
+        if not failure.exists():  # the same sources fail the same way for every test
+            (out / "build.ninja").write_text(_rules(out))
+            command = [_ninja(), "-f", str(out / "build.ninja"), *(str(out / t) for t in targets)]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                failure.write_text(f"{done.stdout[-8000:]}{done.stderr[-2000:]}")
+        if failure.exists():
+            raise RuntimeError(f"the emulator does not build:\n{failure.read_text()}")
     return out
 
 

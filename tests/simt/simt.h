@@ -75,17 +75,6 @@ T __shfl_xor_sync(unsigned mask, T value, int lanes, const char* file = __builti
   memcpy(&value, &bits, sizeof value);
   return value;
 }
-template <typename T>
-T atomicAdd(T* at, T value) {
-  return __atomic_fetch_add(at, value, __ATOMIC_RELAXED);
-}
-template <typename T>
-T atomicMax(T* at, T value) {
-  T old = __atomic_load_n(at, __ATOMIC_RELAXED);
-  while (old < value && !__atomic_compare_exchange_n(at, &old, value, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
-  }
-  return old;
-}
 inline float __uint_as_float(unsigned bits) {
   float value;
   memcpy(&value, &bits, sizeof value);

@@ -12,7 +12,7 @@ demo: $(VENV)/installed  ## a real DeiT, dense and reduced, on two real photogra
 	$(BIN)/tokred bench deit_small_patch16_224 --method tome --r 13
 
 test: $(VENV)/developing  ## every test
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 bench: $(VENV)/developing  ## every benchmark
 	$(BIN)/python -m pytest benchmarks

@@ -13,7 +13,7 @@
 // 8 Na a segment.
 //
 //   sm_90                  registers   blocks an SM   shared memory
-//   unit_kernel                   64              4               -
+//   unit_kernel                   60              4               -
 //   edge_kernel<5>               128              2           44 KB
 //   edge_kernel<5, deep>         128              2           44 KB
 //   select_kernel                 32              2           256 B

@@ -3,11 +3,14 @@
 import pytest
 import torch
 
+from tokred_kernels.cli.timing import keep_freed_memory
+
 
 @pytest.fixture(autouse=True)
 def _one_thread():
     before = torch.get_num_threads()
     torch.set_num_threads(1)
+    keep_freed_memory()
     with torch.inference_mode():
         yield
     torch.set_num_threads(before)

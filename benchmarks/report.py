@@ -16,7 +16,7 @@ import torch
 
 from tokred_kernels import schedule
 from tokred_kernels.cli import images, machine, variants
-from tokred_kernels.cli.timing import interleave
+from tokred_kernels.cli.timing import interleave, keep_freed_memory
 
 from . import cases, goals, noise_free, results
 
@@ -85,6 +85,7 @@ def noise_free_figures() -> dict[str, dict[str, float]]:
 def measure(rounds: int) -> dict:
     """Everything that the report prints, with what it was measured on."""
     torch.set_num_threads(1)
+    keep_freed_memory()
     with torch.inference_mode():
         models, table = model_figures(rounds)
         figures = {**step_figures(rounds), **models, **noise_free_figures()}

@@ -36,6 +36,8 @@ def why_no_cuda(torch, home: str | None) -> str | None:
 
 
 def extensions():
+    if {"sdist", "egg_info", "dist_info"} & set(sys.argv):
+        return [], {}  # metadata alone: asked for before a torch is there
     compiler = os.environ.get("CXX", "").split()[:1] or [c for c in ("c++", "g++", "clang++") if shutil.which(c)]
     if not compiler or not shutil.which(compiler[0]):
         sys.exit("tokred_kernels: no C++ compiler found; install one (Debian, Ubuntu: apt-get install g++) or set CXX")

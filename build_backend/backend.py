@@ -10,7 +10,6 @@ import os
 import sys
 import sysconfig
 
-from setuptools import build_meta
 from setuptools.build_meta import *  # noqa: F403
 
 
@@ -29,8 +28,7 @@ if not _have_torch and (_site := _target_site()):
 
 
 def get_requires_for_build_wheel(config_settings=None):
-    extra = ["ninja"] if _have_torch else ["ninja", "numpy", "torch>=2.10"]
-    return build_meta.get_requires_for_build_wheel(config_settings) + extra
+    return ["ninja"] if _have_torch else ["ninja", "numpy", "torch>=2.10"]
 
 
 def get_requires_for_build_editable(config_settings=None):

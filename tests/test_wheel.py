@@ -127,6 +127,20 @@ print(setup_under_test.why_no_cuda(torch, None))
     ], shown.stderr
 
 
+def test_metadata_and_sdist_need_no_torch(tmp_path):
+    """Regression: in an environment without torch pip failed before it could install one to build with."""
+    (tmp_path / "torch.py").write_text("raise ImportError('no torch here')")
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    made = run(sys.executable, "setup.py", "-q", "sdist", "-d", tmp_path, cwd=ROOT, env=env)
+    assert made.returncode == 0, made.stderr
+    (archive,) = tmp_path.glob("*.tar.gz")
+    names = run("tar", "tzf", archive).stdout
+    assert all(f"/{part}" in names for part in ("csrc/ops.cpp", "csrc/cuda/match.cuh", "build_backend/backend.py"))
+    code = "import backend; print(backend.get_requires_for_build_wheel())"
+    asked = run(sys.executable, "-c", code, cwd=ROOT / "build_backend", env=env)
+    assert asked.stdout.strip() == "['ninja']", asked.stderr  # this environment does have one
+
+
 def test_no_compiler_says_what_to_install(tmp_path):
     refused = setup(PATH=str(tmp_path), CXX="")
     assert refused.returncode

@@ -135,6 +135,22 @@ def test_bitwise_equal_over_threads_and_runs(backend, dtype):
         assert all(same(a, b) for a, b in zip(results[0], again, strict=True))
 
 
+def test_offsets_past_2_to_the_31(backend):
+    """Rows 2^30 elements apart: memory of which only the rows themselves are ever touched."""
+    far = 2**30
+    memory = torch.empty(3 * far + 64, dtype=torch.bfloat16)
+    x = memory.as_strided((1, 4, 16), (0, far, 1))
+    x.copy_(torch.randn(1, 4, 16, generator=torch.Generator().manual_seed(0)))
+    near, assign = x.clone(), torch.tensor([[0, 2, 1, 2]], dtype=torch.int32)
+    for call in (
+        lambda t: tokred.match_merge(t, t, 1),
+        lambda t: tokred.match_merge(t, t.unsqueeze(1), 2, 0),
+        lambda t: tokred.merge(t, assign, 3),
+        lambda t: (tokred.unmerge(t, assign),),
+    ):
+        assert all(same(a, b) for a, b in zip(call(x), call(near), strict=True))
+
+
 def test_the_same_assignment_twice(backend):
     """An assignment is a value: it carries no state from one use to the next."""
     case = MERGE_CASES[0]

@@ -135,6 +135,33 @@ def test_bitwise_equal_over_threads_and_runs(backend, dtype):
         assert all(same(a, b) for a, b in zip(results[0], again, strict=True))
 
 
+def test_members_are_added_in_index_order(backend):
+    """1 + 1e8 - 1e8 is 0 in this order and 1 in the other."""
+    x = torch.tensor([1.0, 1e8, -1e8])
+    assign = torch.zeros(1, 3, dtype=torch.int32)
+    for wide in (1, 5, 70):  # a tail, a vector, several
+        out, size = tokred.merge(x[None, :, None].expand(-1, -1, wide), assign, 1, x[None], reduce="sum")
+        assert torch.equal(out, torch.zeros(1, 1, wide)) and torch.equal(size, torch.zeros(1, 1))
+
+
+def test_a_nan_of_all_ones_stays_nan_in_bfloat16(backend):
+    """Rounding to nearest even by adding to the bits would carry it over to -0."""
+    weight = torch.full((1, 2), 0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
+    out, _ = tokred.merge(
+        torch.ones(1, 2, 40, dtype=torch.bfloat16), torch.zeros(1, 2, dtype=torch.int32), 1, None, weight
+    )
+    assert out.isnan().all()
+
+
+def test_opposite_keys_have_an_edge_of_zero_not_of_nan(backend):
+    """A cosine that rounds below -1 has no square root: without the clamp the edge would count as -inf."""
+    a = torch.randn(64, 2, 33, generator=torch.Generator().manual_seed(0))
+    metric = torch.stack([a[:, 0], a[:, 1], a[:, 1], -a[:, 0]], 1)
+    weight = torch.tensor([1.0, torch.nan, 1.0, 1.0]).expand(64, -1)  # the other column is -inf
+    assign = tokred.match(metric, 2, 0, weight, power=0.5)
+    assert (assign[:, 0] == 1).all()
+
+
 def test_offsets_past_2_to_the_31(backend):
     """Rows 2^30 elements apart: memory of which only the rows themselves are ever touched."""
     far = 2**30

@@ -84,8 +84,7 @@ def extensions():
     built = [extension("_C", ["csrc/ops.cpp", *glob.glob("csrc/cpu/*.cpp")], ["torch", "torch_cpu"])]
     if not reason and glob.glob("csrc/cuda/*.cu"):
         libraries = ["torch", "torch_cpu", "torch_cuda", "cudart_static", "rt", "dl"]
-        sources = glob.glob("csrc/cuda/*.cu") + glob.glob("csrc/cuda/*.cpp")
-        built.append(extension("_cuda", sources, libraries, ["-DUSE_CUDA"]))
+        built.append(extension("_cuda", glob.glob("csrc/cuda/*.cu"), libraries, ["-DUSE_CUDA"]))
     return built, {"build_ext": cpp_extension.BuildExtension}
 
 

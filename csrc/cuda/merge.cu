@@ -14,10 +14,7 @@ void merge_into(const char* op, const MergeArgs& args, Reduce reduce, const Tens
   g.N = checked_int(op, "N", args.N), g.M = checked_int(op, "m", args.M), g.C = checked_int(op, "C", args.C);
   switch (reduce) {
     case Reduce::kMean: g.reduce = kReduceMean; break;
-    case Reduce::kSum:
-      g.reduce = kReduceSum;
-      g.size = floats(args.size);
-      break;
+    case Reduce::kSum: g.reduce = kReduceSum; break;
     case Reduce::kAmax:
       g.reduce = kReduceAmax;
       g.weight = nullptr;

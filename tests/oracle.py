@@ -40,7 +40,7 @@ def match_image(score: np.ndarray, N: int, p: int, r: int) -> np.ndarray:
     if r == 0:
         return assign
     Na, Nb = score.shape
-    dst = [min(range(Nb), key=lambda j: (-score[i, j], j)) for i in range(Na)]
+    dst = score.argmax(1)  # the first of equal ones
     order = sorted(range(Na), key=lambda i: (-score[i, dst[i]], i))
     gone = set(order[:r])
     first_b, row = p + Na - r, p

@@ -1,4 +1,4 @@
-// The CPU kernels of one instruction set, as plain functions. isa_<name>.cpp compiles image.h once for each;
+// The CPU kernels of one instruction set, as plain functions. isa_<name>.cpp compiles the *_image.h kernels once;
 // isa.cpp chooses at run time by what the processor has.
 #pragma once
 #include <cstdint>

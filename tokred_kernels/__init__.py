@@ -3,18 +3,33 @@
     import timm, tokred_kernels as tokred
     model = tokred.apply(timm.create_model("deit_small_patch16_224").eval(), "tome", r=13)
 
-Ops: match, merge, unmerge, match_merge, here and as torch.ops.tokred.*. Models: apply, remove, trace. Schedules and
-MACs: schedule. Backends: info, use_backend.
+Ops: attention, attention_scores, match, match_merge, merge, topk, topk_gather, unmerge, here and as torch.ops.tokred.*.
+Models: apply, remove, trace. Schedules and MACs: schedule. Backends: info, use_backend.
 """
 
 import importlib
 
 from ._backend import info, use_backend
-from .ops import match, match_merge, merge, unmerge
+from .ops import attention, attention_scores, match, match_merge, merge, topk, topk_gather, unmerge
 from .trace import trace  # eagerly: imported later, the module of that name would hide the function
 
 __version__ = "0.1.0"
-__all__ = ["apply", "info", "match", "match_merge", "merge", "remove", "schedule", "trace", "unmerge", "use_backend"]
+__all__ = [
+    "apply",
+    "attention",
+    "attention_scores",
+    "info",
+    "match",
+    "match_merge",
+    "merge",
+    "remove",
+    "schedule",
+    "topk",
+    "topk_gather",
+    "trace",
+    "unmerge",
+    "use_backend",
+]
 
 # These need timm, which takes seconds to import: on first use.
 _LAZY = {"apply": "models.timm", "remove": "models.timm"}

@@ -18,7 +18,17 @@ from torch.library import Library
 
 from . import reference
 
-OPS = ("match", "merge", "unmerge", "match_merge")
+OPS = (
+    "match",
+    "merge",
+    "unmerge",
+    "match_merge",
+    "attention",
+    "attention_backward",
+    "attention_scores",
+    "topk",
+    "topk_gather",
+)
 BACKENDS = ("reference", "cpu", "cuda", "triton")
 
 _FOLDER = Path(__file__).parent

@@ -9,11 +9,19 @@ from torch import Tensor
 
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 REDUCE = ("mean", "sum", "amax")
+SCORES = ("none", "cls", "mean")
+FUSE = ("none", "sum", "mean")
+MAX_WIDTH = 128
 
 
 def clamp_r(r, N, prefix):
     """r limited to [0, P // 2], for ints and SymInts."""
     return torch.sym_max(0, torch.sym_min(r, (N - prefix) // 2))
+
+
+def scale(scale: float | None, D: int) -> float:
+    """The factor on the logits: D^-1/2 unless given."""
+    return scale if scale is not None else D**-0.5 if D else 1.0
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -92,8 +100,7 @@ def merge(x: Tensor, assign: Tensor, m, size: Tensor | None, weight: Tensor | No
         _fail("merge", "m", "at least 0", str(m))
     _per_token("merge", "size", size, B, N, x.device)
     _per_token("merge", "weight", weight, B, N, x.device)
-    if reduce not in REDUCE:
-        _fail("merge", "reduce", '"mean", "sum" or "amax"', f'"{reduce}"')
+    _one_of("merge", "reduce", reduce, REDUCE)
 
 
 def unmerge(y: Tensor, assign: Tensor) -> None:
@@ -117,3 +124,73 @@ def match_merge(x: Tensor, metric: Tensor, r, prefix, size: Tensor | None) -> No
         _shape_and_device("match_merge", "metric", metric, "[B, H, N, D]", (B, metric.shape[1], N, D), x.device)
     _prefix("match_merge", prefix, N)
     _per_token("match_merge", "size", size, B, N, x.device)
+
+
+def _keys(op: str, argument: str, t: Tensor, q: Tensor, B, H, N, D) -> None:
+    """k and v: [B, H, N, D] in the dtype and on the device of q."""
+    _dense(op, argument, t)
+    if t.dtype != q.dtype:
+        _fail(op, argument, f"{_name(q.dtype)} as q", _name(t.dtype))
+    _shape_and_device(op, argument, t, "[B, H, N, D]", (B, H, N, D), q.device)
+
+
+def _one_of(op: str, argument: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        names = [f'"{name}"' for name in allowed]
+        _fail(op, argument, f"{', '.join(names[:-1])} or {names[-1]}", f'"{value}"')
+
+
+def attention(op: str, q: Tensor, k: Tensor, v: Tensor | None, size: Tensor | None, scores: str) -> None:
+    _floating(op, "q", q)
+    _rank(op, "q", q, "[B, H, Nq, D]")
+    B, H, _, D = q.shape
+    if H == 0 or D % 8 != 0 or D > MAX_WIDTH:
+        _fail(op, "q", f"[B, H, Nq, D] with H > 0 and D a multiple of 8 up to {MAX_WIDTH}", str(list(q.shape)))
+    _dense(op, "k", k)
+    _rank(op, "k", k, "[B, H, N, D]")
+    N = k.shape[2]
+    _keys(op, "k", k, q, B, H, N, D)
+    if v is not None:
+        _keys(op, "v", v, q, B, H, N, D)
+    _per_token(op, "size", size, B, N, q.device)
+    _one_of(op, "scores", scores, SCORES if op != "attention_scores" else SCORES[1:])
+
+
+def attention_backward(
+    grad_out: Tensor | None,
+    grad_scores: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    size: Tensor | None,
+    scores: str,
+) -> None:
+    op = "attention_backward"
+    attention(op, q, k, v, size, scores)
+    for argument, t in (("grad_out", grad_out), ("out", out)):
+        if t is not None:
+            _keys(op, argument, t, q, *q.shape)
+    if grad_scores is not None:
+        _floating(op, "grad_scores", grad_scores)
+        N = k.shape[2]
+        shape = (q.shape[0], 0 if scores == "none" else N)
+        _shape_and_device(op, "grad_scores", grad_scores, "[B, N]", shape, q.device)
+
+
+def topk(op: str, score: Tensor, k, prefix) -> None:
+    _floating(op, "score", score)
+    _rank(op, "score", score, "[B, N]")
+    _prefix(op, prefix, score.shape[1])
+    if k < 0:
+        _fail(op, "k", "at least 0", str(k))
+
+
+def topk_gather(x: Tensor, score: Tensor, k, prefix, fuse: str) -> None:
+    op = "topk_gather"
+    _floating(op, "x", x)
+    _rank(op, "x", x, "[B, N, C]")
+    _floating(op, "score", score)
+    _shape_and_device(op, "score", score, "[B, N]", tuple(x.shape[:2]), x.device)
+    topk(op, score, k, prefix)
+    _one_of(op, "fuse", fuse, FUSE)

@@ -135,3 +135,131 @@ def match_merge(
     assign = match(metric, r, prefix)
     out, size_out = merge(x, assign, N - _check.clamp_r(r, N, prefix), size)
     return out, size_out, assign
+
+
+def attention_matrix(q: Tensor, k: Tensor, size: Tensor | None, scale: float | None) -> Tensor:
+    """Probabilities [B, H, Nq, N]: size_j exp(s_ij) / sum_j size_j exp(s_ij); 0 for masked keys and in rows without
+    mass."""
+    scale = _check.scale(scale, q.shape[-1])
+    keep = None if size is None else (size > 0)[:, None, None]  # NaN > 0 is False
+    logits = (_wide(q) * scale) @ _unmasked(k, size).transpose(2, 3)
+    if size is not None:
+        logits = logits.masked_fill(~keep, -torch.inf)
+    if logits.shape[3] == 0:
+        return logits
+    highest = logits.amax(3, keepdim=True)
+    mass = (logits - highest.masked_fill(highest == -torch.inf, 0)).exp()
+    if size is not None:
+        mass = torch.where(keep, mass * size.to(mass.dtype)[:, None, None], 0)
+    total = mass.sum(3, keepdim=True)
+    p = mass / total.masked_fill(total == 0, 1)
+    return p if keep is None else torch.where(keep, p, 0)
+
+
+def _emitted(p: Tensor, scores: str) -> Tensor:
+    """The by-product [B, N] of probabilities [B, H, Nq, N]."""
+    B, Nq, N = p.shape[0], p.shape[2], p.shape[3]
+    if scores == "none":
+        return p.new_empty(B, 0)
+    if Nq == 0:
+        return p.new_zeros(B, N)
+    return p[:, :, 0].mean(1) if scores == "cls" else p.mean((1, 2))
+
+
+def _per_query(t: Tensor) -> Tensor:
+    """The same values, stored [B, N, H, D]."""
+    return t.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _unmasked(t: Tensor, size: Tensor | None) -> Tensor:
+    """Keys or values [B, H, N, D] with the masked ones 0, so that what they hold is never looked at."""
+    return _wide(t) if size is None else torch.where((size > 0)[:, None, :, None], _wide(t), 0)
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, size: Tensor | None = None, *, scale: float | None = None, scores: str = "none"
+) -> tuple[Tensor, Tensor]:
+    _check.attention("attention", q, k, v, size, scores)
+    p = attention_matrix(q, k, size, scale)
+    out = p @ _unmasked(v, size)
+    return _per_query(out.to(q.dtype)), _emitted(p, scores)
+
+
+def attention_scores(
+    q: Tensor, k: Tensor, size: Tensor | None = None, *, scale: float | None = None, scores: str = "cls"
+) -> Tensor:
+    _check.attention("attention_scores", q, k, None, size, scores)
+    first = q[:, :, :1] if scores == "cls" else q  # the other rows of the matrix are not looked at
+    return _emitted(attention_matrix(first, k, size, scale), scores)
+
+
+def attention_backward(
+    grad_out: Tensor | None,
+    grad_scores: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    size: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    scores: str = "none",
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check.attention_backward(grad_out, grad_scores, q, k, v, out, size, scores)
+    H, Nq = q.shape[1:3]
+    p = attention_matrix(q, k, size, scale)
+    scale = _check.scale(scale, q.shape[3])
+    k_wide, v_wide = _unmasked(k, size), _unmasked(v, size)
+    grad_p = torch.zeros_like(p)
+    grad_v = torch.zeros_like(v_wide)
+    if grad_out is not None:
+        grad_out = _wide(grad_out)
+        grad_p = grad_p + grad_out @ v_wide.transpose(2, 3)
+        grad_v = p.transpose(2, 3) @ grad_out
+    if grad_scores is not None and scores != "none" and Nq > 0:
+        emitted = grad_scores.to(p.dtype)[:, None, None] / H
+        if scores == "cls":
+            grad_p[:, :, :1] += emitted
+        else:
+            grad_p = grad_p + emitted / Nq
+    # out is here for the kernels: sum_j p grad_p is <out, grad_out> plus the part of the scores.
+    grad_logits = p * (grad_p - (p * grad_p).sum(3, keepdim=True))
+    grad_q = grad_logits @ k_wide * scale
+    grad_k = grad_logits.transpose(2, 3) @ _wide(q) * scale
+    return tuple(_per_query(g.to(q.dtype)) for g in (grad_q, grad_k, grad_v))
+
+
+def topk(score: Tensor, k: int, prefix: int = 1, fuse: bool = False) -> Tensor:
+    _check.topk("topk", score, k, prefix)
+    B, N = score.shape
+    assign = torch.arange(N, device=score.device, dtype=torch.int32).repeat(B, 1)
+    if k >= N - prefix:
+        return assign
+    patch = _wide(score[:, prefix:])
+    patch = patch.masked_fill(patch.isnan(), -torch.inf)
+    order = patch.sort(dim=1, descending=True, stable=True).indices
+    kept = torch.zeros_like(patch, dtype=torch.bool).scatter(1, order[:, :k], True)
+    rows = prefix + kept.cumsum(1) - 1
+    assign[:, prefix:] = torch.where(kept, rows, prefix + k if fuse else -1).int()
+    return assign
+
+
+def topk_gather(x: Tensor, score: Tensor, k: int, prefix: int = 1, *, fuse: str = "none") -> tuple[Tensor, Tensor]:
+    _check.topk_gather(x, score, k, prefix, fuse)
+    B, N, C = x.shape
+    assign = topk(score, k, prefix, fuse != "none")
+    if k >= N - prefix:
+        return x.clone(memory_format=torch.contiguous_format), assign
+    m = prefix + k  # the row of the dropped, if they are fused
+    index = torch.arange(N, device=x.device).expand(B, -1)
+    row = torch.where(assign < 0, m, assign.long())
+    source = index.new_zeros(B, m + 1).scatter_(1, row, index)[:, :m]
+    out = x.gather(1, source[..., None].expand(-1, -1, C))
+    if fuse == "none":
+        return out, assign
+    if fuse == "sum":
+        w = score.to(_wide(x).dtype)
+        fused = merge(_wide(x), torch.where(assign == m, 0, -1).int(), 1, weight=w, reduce="sum")[0]
+    else:
+        fused = merge(_wide(x), torch.where(assign == m, 0, -1).int(), 1, weight=score)[0]
+    return torch.cat([out, fused.to(x.dtype)], 1), assign

@@ -1,15 +1,12 @@
 """Run a timm model dense and reduced on real images: verify, then time both, the plain form and the oracle."""
 
 import argparse
-import importlib.util
 import json
-import logging
 from pathlib import Path
 
 import torch
-from torch import nn
 
-from . import images, machine, plot, table
+from . import images, machine, method_options, network, plot, table
 from .errors import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -22,9 +19,7 @@ GPU_BATCH, CPU_BATCH_LIMIT = 64, 8
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", metavar="MODEL", help="a timm VisionTransformer, such as deit_small_patch16_224")
-    add("--method", default="tome", help="reduction method (default: %(default)s)")
-    add("--r", type=_r, default=13, help="tokens to remove in each block, or a list r,r,... (default: %(default)s)")
-    add("--inflection", type=float, help="slope of r over the blocks, -1 (most removed early) to 1 (late)")
+    method_options.add_arguments(parser)
     add("--image", nargs="+", default=[], metavar="PATH", help="image files or folders (default: two photographs)")
     add(
         "--batch-size",
@@ -35,8 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dtype", choices=DTYPES, help="default: float32 on cpu, bfloat16 on cuda")
     add("--threads", type=_at_least_one, help="CPU threads (default: as torch chooses)")
     add("--rounds", type=_at_least_one, help=f"timing rounds (default: {ROUNDS}, fewer after {MAX_SECONDS:.0f} s)")
-    add("--pretrained", action="store_true", help="pretrained weights, through timm (default: random weights)")
-    add("--seed", type=int, default=0, help="seed of the random weights (default: %(default)s)")
+    network.add_arguments(parser)
     add("--json", type=Path, metavar="FILE", help="save the results")
     add("--plot", type=Path, metavar="FILE.png", help="save a picture of the results")
 
@@ -68,13 +62,13 @@ def run(args: argparse.Namespace) -> int:
 def _measure(args: argparse.Namespace, device: str, dtype: torch.dtype, progress: table.Stages) -> dict:
     """Builds, verifies and times; the record is what --json saves."""
     progress.stage("building the models")
-    model = _create(args)
+    r = method_options.chosen(args)["r"]
+    model = network.create(args)
     names, pixels = images.load(args.image, model)
     model, pixels = model.to(device, dtype), pixels.to(device, dtype)
     from .. import schedule
     from . import variants  # not above: it imports timm
 
-    r = args.r if args.inflection is None else (args.r, args.inflection)
     try:
         found = variants.build(model, args.method, r)
         tokens = schedule.tokens(found[args.method])
@@ -88,7 +82,7 @@ def _measure(args: argparse.Namespace, device: str, dtype: torch.dtype, progress
         "model": args.model,
         "method": args.method,
         "r": r,
-        "weights": "pretrained" if args.pretrained else f"random (seed {args.seed})",
+        "weights": network.weights(args),
         "images": names,
         "image_size": list(pixels.shape[2:]),
         "batch_size": batch_size,
@@ -113,14 +107,6 @@ def _measure(args: argparse.Namespace, device: str, dtype: torch.dtype, progress
     return record
 
 
-def _r(text: str) -> int | list[int]:
-    try:
-        values = [int(part) for part in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be an integer or a list such as 16,16,8, got {text!r}") from None
-    return values[0] if len(values) == 1 else values
-
-
 def _at_least_one(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
@@ -134,10 +120,7 @@ def _check_files(args: argparse.Namespace) -> None:
             raise UserError(f"cannot write {path}: " + ("it is a folder" if path.is_dir() else "no such folder"))
     if args.plot and args.plot.suffix.lower() != ".png":
         raise UserError(f"--plot writes PNG: give a name that ends in .png, got {args.plot}")
-    needed = ["timm", "rich", "PIL"] + ["matplotlib"] * bool(args.plot)
-    missing = [package for package in needed if importlib.util.find_spec(package) is None]
-    if missing:
-        raise UserError(f"tokred bench needs {', '.join(missing)}: pip install 'tokred-kernels[cli]'")
+    network.need("bench", "timm", "rich", "PIL", *["matplotlib"] * bool(args.plot))
 
 
 def _device(name: str | None) -> str:
@@ -153,22 +136,3 @@ def _device(name: str | None) -> str:
     if (index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device {device}: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices")
     return f"cuda:{index or 0}"
-
-
-def _create(args: argparse.Namespace) -> nn.Module:
-    import difflib
-
-    import timm
-
-    for name in ("timm", "huggingface_hub"):  # their warnings would join the one line of an error
-        logging.getLogger(name).setLevel(logging.ERROR)
-    if not timm.is_model(args.model):
-        close = difflib.get_close_matches(args.model, timm.list_models(), n=3)
-        raise UserError(f"timm has no model {args.model!r}" + (f"; close: {', '.join(close)}" if close else ""))
-    torch.manual_seed(args.seed)
-    try:
-        return timm.create_model(args.model, pretrained=args.pretrained).eval()
-    except Exception as error:  # whatever a download may raise: hub, socket, file format
-        if not args.pretrained:
-            raise
-        raise UserError(f"no pretrained weights for {args.model}: {type(error).__name__}: {error}") from None

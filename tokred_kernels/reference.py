@@ -168,7 +168,7 @@ def _emitted(p: Tensor, scores: str) -> Tensor:
 
 def _per_query(t: Tensor) -> Tensor:
     """The same values, stored [B, N, H, D]."""
-    return t.transpose(1, 2).contiguous().transpose(1, 2)
+    return t.transpose(1, 2).clone(memory_format=torch.contiguous_format).transpose(1, 2)
 
 
 def _unmasked(t: Tensor, size: Tensor | None) -> Tensor:

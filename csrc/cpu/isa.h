@@ -34,11 +34,32 @@ struct MergeImage {
   Dtype dtype;
 };
 
+// [B, H, rows, D]: strides in elements, inner stride 1.
+struct HeadsView {
+  const void* data;
+  int64_t s_b, s_h, s_n;
+};
+
+// attention of a whole batch, in units of (image, head, chunk of queries). size in the wide dtype, or null.
+struct AttentionBatch {
+  HeadsView q, k, v;
+  const void* size;  // [B, N]
+  void* out;         // [B, Nq, H, D]
+  void* partial;     // wide: [B, H, N] for the class token's row, [B, H, chunks, N] for column sums
+  int64_t B, H, Nq, N, D;
+  int64_t chunks, chunk_rows;  // of queries; the same for any number of threads, so that sums are
+  double scale;
+  int scores;  // tokred::Scores
+  bool with_values;
+  Dtype dtype;
+};
+
 struct Isa {
   const char* name;
   bool (*supported)();
   void (*match)(const MatchImage&);
   void (*merge)(const MergeImage&);
+  void (*attention)(const AttentionBatch&, int64_t begin, int64_t end);  // units
 };
 
 const Isa& isa();  // the one in use

@@ -14,12 +14,15 @@ constexpr int kVectorBytes = 64;
 //
 #include "match_image.h"
 #include "merge_image.h"
+#include "tile.h"
+//
+#include "attention_image.h"
 
 static bool supported() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
-extern const Isa kIsa = {"avx512", supported, match_image, merge_image};
+extern const Isa kIsa = {"avx512", supported, match_image, merge_image, attention_units};
 
 }  // namespace tokred::avx512
 #endif

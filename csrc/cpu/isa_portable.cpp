@@ -8,7 +8,10 @@ constexpr int kVectorBytes = 16;
 //
 #include "match_image.h"
 #include "merge_image.h"
+#include "tile.h"
+//
+#include "attention_image.h"
 
-extern const Isa kIsa = {"portable", [] { return true; }, match_image, merge_image};
+extern const Isa kIsa = {"portable", [] { return true; }, match_image, merge_image, attention_units};
 
 }  // namespace tokred::portable

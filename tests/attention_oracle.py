@@ -103,8 +103,9 @@ def bounds(want: Exact, q: Tensor, k: Tensor, v: Tensor, size: Tensor | None, *,
     """The largest errors allowed in out and in scores.
 
     The floor of out: one unit in the last place of the largest result, which is rounded to its dtype; and of
-    max |v| one float32 rounding each of p and of the sum, and of the logits that p is the exponential of: one of
-    +-1e4 is known to 1e4 half units, and p with it. The scores are float32 throughout.
+    max |v| one float32 unit each for p and the sum, and the logits' error, which p is the exponential of: D products
+    added in turn are off by about sqrt(D) roundings of 0.29 units each, and a unit of +-1e4 is 1e4 of 1. The scores are
+    float32 throughout.
     """
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     own_out = own_scores = 0.0
@@ -114,7 +115,7 @@ def bounds(want: Exact, q: Tensor, k: Tensor, v: Tensor, size: Tensor | None, *,
     if want.scores.size > 0 and q.shape[2] > 0:
         own_scores = _error(plain(q.to(wide), k.to(wide), size, scale=scale, scores=scores)[1], want.scores)
     unit = torch.finfo(wide).eps
-    rounded = unit * (2 + want.logit)
+    rounded = unit * (2 + want.logit * max(1, q.shape[3] ** 0.5 / 4))
     floor_out = torch.finfo(q.dtype).eps * _finite_max(want.out) + rounded * want.value
     return 2 * own_out + floor_out, 2 * own_scores + rounded * _finite_max(want.scores)
 

@@ -7,6 +7,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 import pytest
 import torch
 
+import tokred_kernels as tokred
+
 
 def pytest_collection_modifyitems(items):
     """Tests marked gpu are skipped, with the reason, where there is no device."""
@@ -27,3 +29,23 @@ def poisoned(monkeypatch):
     yield
     torch.utils.deterministic.fill_uninitialized_memory = before
     torch.use_deterministic_algorithms(False)
+
+
+def _backends() -> list:
+    found = [pytest.param(("reference", ""), id="reference")]
+    for isa in ("avx512", "avx2", "portable"):
+        try:
+            with tokred.use_backend("cpu", isa=isa):
+                marks = ()
+        except RuntimeError as error:
+            marks = pytest.mark.skip(reason=str(error))
+        found.append(pytest.param(("cpu", isa), id=isa, marks=marks))
+    return found
+
+
+@pytest.fixture(params=_backends(), scope="module")
+def backend(request):
+    """Every op by the reference, then by each instruction set of the CPU."""
+    name, isa = request.param
+    with tokred.use_backend(name, isa=isa):
+        yield name

@@ -147,16 +147,19 @@ def merge(x: Tensor, assign: Tensor, m: int, size=None, weight=None, reduce: str
     return torch.from_numpy(out), torch.from_numpy(size_out), torch.from_numpy(slack)
 
 
-def check_merge(
-    got: tuple[Tensor, Tensor], x: Tensor, assign: Tensor, m: int, size=None, weight=None, reduce="mean"
-) -> None:
-    """Asserts values within rounding, NaN and infinities in the same places, copies and sizes exact."""
-    out, size_out = got
-    want, want_size, slack = merge(x, assign, m, size, weight, reduce)
-    assert out.dtype == x.dtype
-    assert out.shape == want.shape
-    limits = torch.finfo(x.dtype)
-    rounded = want.to(x.dtype).double()  # an overflow of the result's dtype is an infinity here too
+def same(a: Tensor, b: Tensor) -> bool:
+    """Bitwise equal."""
+    return (
+        a.dtype == b.dtype
+        and a.shape == b.shape
+        and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+    )
+
+
+def check_values(out: Tensor, want: Tensor, slack: Tensor) -> None:
+    """Asserts that out is `want`, within `slack`, rounded to its dtype: NaN and infinities in the same places."""
+    limits = torch.finfo(out.dtype)
+    rounded = want.to(out.dtype).double()  # an overflow of the result's dtype is an infinity here too
     have = out.double().cpu()
     assert torch.equal(have.isnan(), rounded.isnan())
     finite = rounded.isfinite()
@@ -168,4 +171,15 @@ def check_merge(
     assert ok.all(), f"error {error[finite & ~edge].max():.3g} above its rounding bound"
     exact = slack == 0
     assert torch.equal(have[exact & finite], rounded[exact & finite])
+
+
+def check_merge(
+    got: tuple[Tensor, Tensor], x: Tensor, assign: Tensor, m: int, size=None, weight=None, reduce="mean"
+) -> None:
+    """Asserts values within rounding, NaN and infinities in the same places, copies and sizes exact."""
+    out, size_out = got
+    want, want_size, slack = merge(x, assign, m, size, weight, reduce)
+    assert out.dtype == x.dtype
+    assert out.shape == want.shape
+    check_values(out, want, slack)
     torch.testing.assert_close(size_out.double().cpu(), want_size, rtol=2.0**-22, atol=0, equal_nan=True)

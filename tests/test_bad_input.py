@@ -85,6 +85,43 @@ BAD = {
         lambda: tokred.match_merge(X, K, 1, 1, S.int()),
         r"match_merge: size must be float32, .*, got int32",
     ),
+    "topk-rank": (lambda: tokred.topk(X, 1), r"topk: score must be \[B, N\], got \[2, 7, 4\]"),
+    "topk-dtype": (lambda: tokred.topk(A, 1), r"topk: score must be float32, .*, got int32"),
+    "topk-k": (lambda: tokred.topk(S, -1), r"topk: k must be at least 0, got -1"),
+    "topk-prefix": (lambda: tokred.topk(S, 1, 8), r"topk: prefix must be in \[0, N\] = \[0, 7\], got 8"),
+    "topk-prefix-negative": (
+        lambda: tokred.topk(S, 1, -1),
+        r"topk: prefix must be in \[0, N\] = \[0, 7\], got -1",
+    ),
+    "topk_gather-rank": (
+        lambda: tokred.topk_gather(S, S, 1),
+        r"topk_gather: x must be \[B, N, C\], got \[2, 7\]",
+    ),
+    "topk_gather-dtype": (
+        lambda: tokred.topk_gather(X.int(), S, 1),
+        r"topk_gather: x must be float32, .*, got int32",
+    ),
+    "topk_gather-score-dtype": (
+        lambda: tokred.topk_gather(X, S.bool(), 1),
+        r"topk_gather: score must be float32, .*, got bool",
+    ),
+    "topk_gather-score-shape": (
+        lambda: tokred.topk_gather(X, S[:, :6], 1),
+        r"topk_gather: score must be \[B, N\] = \[2, 7\], got \[2, 6\]",
+    ),
+    "topk_gather-score-rank": (
+        lambda: tokred.topk_gather(X, X, 1),
+        r"topk_gather: score must be \[B, N\] = \[2, 7\], got \[2, 7, 4\]",
+    ),
+    "topk_gather-k": (lambda: tokred.topk_gather(X, S, -3), r"topk_gather: k must be at least 0, got -3"),
+    "topk_gather-prefix": (
+        lambda: tokred.topk_gather(X, S, 1, 9),
+        r"topk_gather: prefix must be in \[0, N\] = \[0, 7\], got 9",
+    ),
+    "topk_gather-fuse": (
+        lambda: tokred.topk_gather(X, S, 1, fuse="max"),
+        r'topk_gather: fuse must be "none", "sum" or "mean", got "max"',
+    ),
 }
 
 
@@ -119,6 +156,8 @@ def test_refuses_tensors_that_are_not_dense(bad, got):
         ("merge", "x", lambda t: tokred.merge(t, A, 3)),
         ("unmerge", "y", lambda t: tokred.unmerge(t, A)),
         ("match_merge", "x", lambda t: tokred.match_merge(t, K, 1)),
+        ("topk", "score", lambda t: tokred.topk(t, 1)),
+        ("topk_gather", "x", lambda t: tokred.topk_gather(t, S, 1)),
     ]:
         with pytest.raises(RuntimeError, match=f"{op}: {argument} must be a dense tensor, got {got}"):
             call(bad())
@@ -127,6 +166,8 @@ def test_refuses_tensors_that_are_not_dense(bad, got):
 def test_refuses_a_mix_of_devices():
     with pytest.raises(RuntimeError, match="merge: assign must be on meta, got cpu"):
         tokred.merge(X.to("meta"), A, 3)
+    with pytest.raises(RuntimeError, match="topk_gather: score must be on meta, got cpu"):
+        tokred.topk_gather(X.to("meta"), S, 3)
 
 
 @pytest.mark.parametrize("bad", [-2, 3, 2**31 - 1, -(2**31)])

@@ -3,43 +3,15 @@
 import pytest
 import torch
 from cases import MATCH_CASES, MERGE_CASES
-from oracle import check_assign, check_merge
+from oracle import check_assign, check_merge, same
 
 import tokred_kernels as tokred
 
 REDUCE = ("mean", "sum", "amax")
 
 
-def _backends() -> list:
-    found = [pytest.param(("reference", ""), id="reference")]
-    for isa in ("avx512", "avx2", "portable"):
-        try:
-            with tokred.use_backend("cpu", isa=isa):
-                marks = ()
-        except RuntimeError as error:
-            marks = pytest.mark.skip(reason=str(error))
-        found.append(pytest.param(("cpu", isa), id=isa, marks=marks))
-    return found
-
-
-@pytest.fixture(params=_backends(), scope="module")
-def backend(request):
-    name, isa = request.param
-    with tokred.use_backend(name, isa=isa):
-        yield name
-
-
 def by_id(cases):
     return pytest.mark.parametrize("case", cases, ids=lambda c: c.id)
-
-
-def same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Bitwise equal."""
-    return (
-        a.dtype == b.dtype
-        and a.shape == b.shape
-        and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
-    )
 
 
 def with_float64(cases):

@@ -247,6 +247,7 @@ def topk(score: Tensor, k: int, prefix: int = 1, fuse: bool = False) -> Tensor:
 def topk_gather(x: Tensor, score: Tensor, k: int, prefix: int = 1, *, fuse: str = "none") -> tuple[Tensor, Tensor]:
     _check.topk_gather(x, score, k, prefix, fuse)
     B, N, C = x.shape
+    score = score.to(_wide(x).dtype)
     assign = topk(score, k, prefix, fuse != "none")
     if k >= N - prefix:
         return x.clone(memory_format=torch.contiguous_format), assign
@@ -257,9 +258,5 @@ def topk_gather(x: Tensor, score: Tensor, k: int, prefix: int = 1, *, fuse: str 
     out = x.gather(1, source[..., None].expand(-1, -1, C))
     if fuse == "none":
         return out, assign
-    if fuse == "sum":
-        w = score.to(_wide(x).dtype)
-        fused = merge(_wide(x), torch.where(assign == m, 0, -1).int(), 1, weight=w, reduce="sum")[0]
-    else:
-        fused = merge(_wide(x), torch.where(assign == m, 0, -1).int(), 1, weight=score)[0]
+    fused, _ = merge(_wide(x), torch.where(assign == m, 0, -1).int(), 1, weight=score, reduce=fuse)
     return torch.cat([out, fused.to(x.dtype)], 1), assign

@@ -54,12 +54,33 @@ struct AttentionBatch {
   Dtype dtype;
 };
 
+// One image of topk. score in its wide dtype.
+struct TopkImage {
+  const void* score;  // [N]
+  int32_t* assign;    // [N]
+  int64_t N, k, p;    // k at most N - p
+  int32_t others;     // the row of the patches that are not kept; -1: dropped
+  Dtype dtype;        // kFloat or kDouble
+};
+
+// One image of topk_gather: rows below `copied` are copies, row `copied` < M the weighted sum of the others.
+struct TopkGatherImage {
+  TopkImage topk;
+  const void* x;  // [N, C]
+  void* out;      // [M, C]
+  int64_t M, C, s_n, copied;
+  bool mean;  // of the fused row: divide it by the sum of its scores
+  Dtype dtype;
+};
+
 struct Isa {
   const char* name;
   bool (*supported)();
   void (*match)(const MatchImage&);
   void (*merge)(const MergeImage&);
   void (*attention)(const AttentionBatch&, int64_t begin, int64_t end);  // units
+  void (*topk)(const TopkImage&);
+  void (*topk_gather)(const TopkGatherImage&);
 };
 
 const Isa& isa();  // the one in use

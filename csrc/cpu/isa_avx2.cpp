@@ -13,13 +13,14 @@ constexpr int kVectorBytes = 32;
 #include "match_image.h"
 #include "merge_image.h"
 #include "tile.h"
+#include "topk_image.h"
 //
 #include "attention_image.h"
 
 static bool supported() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 }
-extern const Isa kIsa = {"avx2", supported, match_image, merge_image, attention_units};
+extern const Isa kIsa = {"avx2", supported, match_image, merge_image, attention_units, topk_image, topk_gather_image};
 
 }  // namespace tokred::avx2
 #endif

@@ -15,6 +15,7 @@ constexpr int kVectorBytes = 64;
 #include "match_image.h"
 #include "merge_image.h"
 #include "tile.h"
+#include "topk_image.h"
 //
 #include "attention_image.h"
 
@@ -22,7 +23,7 @@ static bool supported() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
-extern const Isa kIsa = {"avx512", supported, match_image, merge_image, attention_units};
+extern const Isa kIsa = {"avx512", supported, match_image, merge_image, attention_units, topk_image, topk_gather_image};
 
 }  // namespace tokred::avx512
 #endif

@@ -9,9 +9,12 @@ constexpr int kVectorBytes = 16;
 #include "match_image.h"
 #include "merge_image.h"
 #include "tile.h"
+#include "topk_image.h"
 //
 #include "attention_image.h"
 
-extern const Isa kIsa = {"portable", [] { return true; }, match_image, merge_image, attention_units};
+static bool supported() { return true; }
+extern const Isa kIsa = {"portable",      supported,  match_image,      merge_image,
+                         attention_units, topk_image, topk_gather_image};
 
 }  // namespace tokred::portable

@@ -3,6 +3,7 @@
 #include <tuple>
 
 #include "../check.h"
+#include "../check_topk.h"
 #include "isa.h"
 
 namespace tokred {
@@ -97,6 +98,21 @@ class MergeImages {
   Dtype dtype_;
   char *out_, *size_out_;
   int64_t element_, wide_;
+};
+
+class TopkImages {
+ public:
+  TopkImages(const TopkArgs& args, const Tensor& assign)
+      : args_(args), dtype_(dtype_of(args.score)), assign_(static_cast<int32_t*>(assign.mutable_data_ptr())) {}
+  TopkImage operator[](int64_t b) const {
+    const TopkArgs& a = args_;
+    return {element(a.score, b * a.N), assign_ + b * a.N, a.N, a.k, a.p, a.others, dtype_};
+  }
+
+ private:
+  const TopkArgs& args_;
+  Dtype dtype_;
+  int32_t* assign_;
 };
 
 }  // namespace tokred

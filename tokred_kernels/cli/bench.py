@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from . import images, machine, method_options, network, plot, table
-from .errors import UserError
+from .errors import UserError, check_writable
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Enough rounds for a stable minimum; a slow model stops after a minute, with three rounds at least.
@@ -115,11 +115,10 @@ def _at_least_one(text: str) -> int:
 
 def _check_files(args: argparse.Namespace) -> None:
     """Before any work: results that could not be saved, and packages that are missing."""
-    for path in filter(None, (args.json, args.plot)):
-        if path.is_dir() or not path.parent.is_dir():
-            raise UserError(f"cannot write {path}: " + ("it is a folder" if path.is_dir() else "no such folder"))
-    if args.plot and args.plot.suffix.lower() != ".png":
-        raise UserError(f"--plot writes PNG: give a name that ends in .png, got {args.plot}")
+    if args.json:
+        check_writable(args.json)
+    if args.plot:
+        check_writable(args.plot, ".png")
     network.need("bench", "timm", "rich", "PIL", *["matplotlib"] * bool(args.plot))
 
 

@@ -6,23 +6,27 @@ import dataclasses
 from .. import methods
 from .errors import UserError
 
-# Of an option that a method needs and that was not given.
-DEFAULTS = {"r": 13, "keep_rate": 0.7}
+# What is removed where no option says it.
+R, KEEP_RATE = 13, 0.7
+OPTIONS = ("r", "keep_rate", "tokens", "stages", "rule", "scores")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds --method and an argument for each option; `chosen` reads them."""
     add = parser.add_argument
     add("--method", default="tome", help=f"reduction method: {', '.join(methods.METHODS)} (default: %(default)s)")
-    add("--r", type=_integers, help=f"tokens to remove in each block, or a list r,r,... (default: {DEFAULTS['r']})")
+    add("--r", type=_integers, help=f"tokens to remove in each block, or a list r,r,... (default: {R})")
     add("--inflection", type=float, help="slope of r over the blocks, -1 (most removed early) to 1 (late)")
     add(
         "--keep-rate",
         type=_numbers,
         metavar="RATE",
-        help=f"share of the patches to keep in each stage, or a list (default: {DEFAULTS['keep_rate']})",
+        help=f"share of the patches to keep in each stage, or a list rate,rate,... (default: {KEEP_RATE})",
     )
-    add("--stages", type=_blocks, metavar="BLOCK,...", help="the blocks that reduce, from 0 (default: the method's)")
+    add("--tokens", type=_list, metavar="K,K,...", help="instead: how many patches to keep in each stage or block")
+    add("--stages", type=_list, metavar="BLOCK,...", help="the blocks that reduce, from 0 (default: the method's)")
+    add("--rule", help="how rates become counts, evit or wttu (default: the method's)")
+    add("--scores", help="cls, or mean for models without a class token (default: cls)")
 
 
 def chosen(args: argparse.Namespace) -> dict:
@@ -31,13 +35,15 @@ def chosen(args: argparse.Namespace) -> dict:
     Raises:
         UserError: an unknown method, or options that it does not take.
     """
-    given = {name: getattr(args, name) for name in ("r", "keep_rate", "stages")}
-    options = {name: value for name, value in given.items() if value is not None}
-    for field in dataclasses.fields(methods.METHODS[args.method]) if args.method in methods.METHODS else ():
-        if field.default is dataclasses.MISSING and field.name in DEFAULTS:
-            options.setdefault(field.name, DEFAULTS[field.name])
+    options = {name: getattr(args, name) for name in OPTIONS if getattr(args, name) is not None}
+    method = methods.METHODS.get(args.method)
+    known = [field.name for field in dataclasses.fields(method)] if method else []
+    if "r" in known:
+        options.setdefault("r", R)
+    if "keep_rate" in known and "tokens" not in options:
+        options.setdefault("keep_rate", KEEP_RATE)
     if args.inflection is not None:
-        options["r"] = (options.get("r", DEFAULTS["r"]), args.inflection)
+        options["r"] = (options.get("r"), args.inflection)
     try:
         methods.create(args.method, options)
     except (ValueError, TypeError) as error:
@@ -66,6 +72,6 @@ def _numbers(text: str) -> float | list[float]:
     return values[0] if len(values) == 1 else values
 
 
-def _blocks(text: str) -> tuple[int, ...]:
+def _list(text: str) -> list[int]:
     values = _integers(text)
-    return tuple(values) if isinstance(values, list) else (values,)
+    return values if isinstance(values, list) else [values]

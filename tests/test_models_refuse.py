@@ -109,7 +109,7 @@ def test_what_is_not_understood_is_refused_and_left_alone(name):
 
 
 BAD_OPTIONS = {
-    "unknown method": (dict(method="tomato", r=1), "apply: unknown method 'tomato'; there is tome"),
+    "unknown method": (dict(method="tomato", r=1), "apply: unknown method 'tomato'; there is tome, topk, evit, metr"),
     "unknown option": (dict(r=1, keep_rate=0.5), "apply: tome has no option 'keep_rate'; it takes r, prop_attn"),
     "no r": (dict(), "apply: tome needs the option r="),
     "negative": (dict(r=-1), "tome: r must be at least 0, got -1"),

@@ -31,6 +31,13 @@ OPS = (
 )
 BACKENDS = ("reference", "cpu", "cuda", "triton")
 
+# What runs the attention of a patched block on each type of device: "tokred", our op, or "sdpa", torch's, with log size
+# as a mask and attention_scores beside it. By what it has to do: plain, count sizes, emit scores. Elsewhere: sdpa.
+ATTENTION = {
+    "cpu": {"plain": "tokred", "sized": "tokred", "scored": "tokred"},  # not measured
+    "cuda": {"plain": "sdpa", "sized": "tokred", "scored": "tokred"},  # not measured
+}
+
 _FOLDER = Path(__file__).parent
 
 

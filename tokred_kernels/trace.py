@@ -25,11 +25,14 @@ class Forward:
         tokens: [N0, N1, ...], the tokens that enter the first block, then those that leave each block.
         assign: for each block, [B, N] int32, the output row of each of its tokens, -1 if dropped; None where the block
             left its tokens alone.
+        fused: for each block, the output row of its fused token, into which all patches went that it did not keep;
+            None where it fused none.
     """
 
     _identity: Tensor = field(repr=False)
     tokens: list[int]
     assign: list[Tensor | None] = field(default_factory=list)
+    fused: list[int | None] = field(default_factory=list)
 
     @property
     def source(self) -> Tensor:
@@ -39,6 +42,17 @@ class Forward:
             source = compose(source, assign)
         return source
 
+    @property
+    def in_fused(self) -> Tensor:
+        """[B, N0] bool: whether a token was fused in some block. Its `source` is then the row of that fused token,
+        wherever later blocks moved it, or of the later fused token that took it in."""
+        source, inside = self._identity, torch.zeros_like(self._identity, dtype=torch.bool)
+        for assign, row in zip(self.assign, self.fused, strict=True):
+            source = compose(source, assign)
+            if row is not None:
+                inside = inside | (source == row)
+        return inside
+
 
 class trace:
     """Records which token ends in which row, block by block, in every forward of a patched model in this thread.
@@ -47,9 +61,10 @@ class trace:
             model(images)
         t.source                                   # [B, N0] int32
 
-    `source`, `tokens` and `assign` are those of the last forward (see `Forward`); `history` holds every forward in
-    order, forward_features and forward_intermediates included. What the model computes does not change. What gradient
-    checkpointing computes again is not recorded again. Under patch dropout N0 counts the tokens that were kept.
+    `source`, `tokens`, `assign`, `fused` and `in_fused` are those of the last forward (see `Forward`); `history` holds
+    every forward in order, forward_features and forward_intermediates included. What the model computes does not
+    change. What gradient checkpointing computes again is not recorded again. Under patch dropout N0 counts the tokens
+    that were kept.
 
     Args:
         model: a model patched by `apply`, run eagerly.
@@ -104,6 +119,14 @@ class trace:
     def assign(self) -> list[Tensor | None]:
         return self.last.assign
 
+    @property
+    def fused(self) -> list[int | None]:
+        return self.last.fused
+
+    @property
+    def in_fused(self) -> Tensor:
+        return self.last.in_fused
+
     # Hooks sit on modules, which threads share: each looks only at the thread that traces.
 
     def _begin(self, _module: nn.Module, _args: tuple) -> None:
@@ -133,4 +156,6 @@ class trace:
         if self._running is not None and index == len(self._running.assign):
             self._running.assign.append(assign)
             self._running.tokens.append(x.shape[1])
+            fuses = assign is not None and self._model.tokred_method.fuses
+            self._running.fused.append(x.shape[1] - 1 if fuses else None)
         return (x, size) if self._asked else output

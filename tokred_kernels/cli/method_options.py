@@ -8,7 +8,7 @@ from .errors import UserError
 
 # What is removed where no option says it.
 R, KEEP_RATE = 13, 0.7
-OPTIONS = ("r", "keep_rate", "tokens", "stages", "rule", "scores")
+OPTIONS = ("r", "keep_rate", "tokens", "stages", "rule", "scores", "fuse", "normalize")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,6 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--stages", type=_list, metavar="BLOCK,...", help="the blocks that reduce, from 0 (default: the method's)")
     add("--rule", help="how rates become counts, evit or wttu (default: the method's)")
     add("--scores", help="cls, or mean for models without a class token (default: cls)")
+    add("--no-fuse", dest="fuse", action="store_const", const=False, help="drop what the method would fuse")
+    add("--normalize", action="store_const", const=True, help="divide the fused token by the sum of its scores")
 
 
 def chosen(args: argparse.Namespace) -> dict:

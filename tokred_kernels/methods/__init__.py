@@ -1,35 +1,51 @@
 """The methods of `apply`. A new one is one file and one line in METHODS."""
 
 import dataclasses
-from typing import Protocol
+from typing import ClassVar, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from .evit import EViT
+from .metr import METR
 from .tome import ToMe
+from .topk import TopK
 
 
 class Method(Protocol):
     """A frozen dataclass: its fields are the options, checked in __post_init__; it holds nothing of a forward.
 
-    `block` in `step` is the model's block: `tokred_prefix`, the protected tokens in front; `attend(x, size)`, its
-    attention branch and keys [B, H, N, D]; `feed_forward(x)`, its MLP branch. Residuals are the method's to add.
+    `block` in `step` is the model's block: `tokred_prefix`, the protected tokens in front; `attend(x, size, scores)`,
+    its attention branch, keys [B, H, N, D] and scores [B, N]; `feed_forward(x)`, its MLP branch. Residuals are the
+    method's to add.
     """
 
-    def schedule(self, depth: int) -> tuple[int, ...]:
-        """What each block is asked for, given to `step` as r; 0: leave the tokens alone. At least `depth` entries."""
+    sized: ClassVar[bool]  # its tokens have sizes: attention counts them, averages weigh them
 
-    def tokens(self, depth: int, patches: int, prefix: int) -> list[tuple[int, int]]:
+    @property
+    def fuses(self) -> bool:
+        """Whether a reducing block ends in a fused token: the last row, of all patches it does not keep."""
+
+    def check(self, model: nn.Module) -> None:
+        """Raises ValueError unless the model has what the options need."""
+
+    def schedule(self, depth: int, patches: int) -> tuple[int, ...]:
+        """r of each block, given to `step`: patches to remove, 0 to leave the tokens alone. At least `depth` entries.
+
+        `patches` are those that reach block 0 in this forward, an int or a SymInt.
+        """
+
+    def counts(self, depth: int, patches: int, prefix: int) -> list[tuple[int, int]]:
         """(tokens in attention, tokens in the MLP) of each block."""
 
     def step(self, block, x: Tensor, size: Tensor | None, r: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """One block on x [B, N, C]: the new x [B, M, C], its sizes [B, M] and assign [B, N], None if not reduced.
 
-        size is None until tokens have merged; then r may be 0. Called with no size and r = 0, a block runs its dense
-        forward instead.
+        size is None until tokens have merged. r may be 0. In a forward whose schedule is 0 throughout, blocks run
+        their dense forward instead.
         """
 
 
-METHODS: dict[str, type[Method]] = {"tome": ToMe}
+METHODS: dict[str, type[Method]] = {"tome": ToMe, "topk": TopK, "evit": EViT, "metr": METR}
 
 
 def create(name: str, options: dict) -> Method:

@@ -1,9 +1,10 @@
 """ToMe: merge the r most similar patches in every block, between attention and MLP."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .. import schedule
@@ -34,20 +35,27 @@ class ToMe:
     r: schedule.Removal
     prop_attn: bool = True
 
+    sized: ClassVar[bool] = True
+    fuses: ClassVar[bool] = False
+
     def __post_init__(self) -> None:
+        object.__setattr__(self, "r", schedule.plain(self.r))
         if min(schedule.removals(self.r, 1), default=0) < 0:
             raise ValueError(f"tome: r must be at least 0, got {self.r!r}")
         if not isinstance(self.prop_attn, bool):
             raise ValueError(f"tome: prop_attn must be True or False, got {self.prop_attn!r}")
 
-    def schedule(self, depth: int) -> tuple[int, ...]:
+    def check(self, model: nn.Module) -> None:
+        pass
+
+    def schedule(self, depth: int, patches: int) -> tuple[int, ...]:
         return schedule.removals(self.r, depth)
 
-    def tokens(self, depth: int, patches: int, prefix: int) -> list[tuple[int, int]]:
-        return schedule.merged(self.schedule(depth)[:depth], patches, prefix)
+    def counts(self, depth: int, patches: int, prefix: int) -> list[tuple[int, int]]:
+        return schedule.merged(self.schedule(depth, patches)[:depth], patches, prefix)
 
     def step(self, block, x: Tensor, size: Tensor | None, r: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        branch, keys = block.attend(x, size if self.prop_attn else None)
+        branch, keys, _ = block.attend(x, size if self.prop_attn else None)
         x = x + branch
         assign = None
         # Where r is known, r = 0 costs nothing; a graph compiled for any r keeps the op, which is then the identity.

@@ -4,7 +4,6 @@ The model and its blocks become the subclasses below, so hooks, state_dict, deep
 ordinary module. Sizes travel from block to block as values; nothing of a forward stays on the model.
 """
 
-import torch.nn.functional as F
 from timm.layers import AttentionPoolLatent
 from timm.models import checkpoint
 from timm.models._features import feature_take_indices
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from .. import methods
 from ..ops import unmerge
 from ..trace import compose
+from ._attention import attend
 from ._refuse import check_model
 from ._size import key_mask, weighted_mean
 
@@ -25,19 +25,21 @@ def apply(model: nn.Module, method: str, **options) -> nn.Module:
         tokred.apply(model, "tome", r=13)
 
     The model computes what the method says and nothing else changes: weights, state_dict, training, gradient
-    checkpointing, compilation and export work as before. With r = 0 throughout, every block runs timm's own forward
-    and the results are bit for bit those of the unpatched model. Class, distillation and register tokens are never
-    touched.
+    checkpointing, compilation and export work as before. Where nothing is removed (r = 0 or a keep rate of 1
+    throughout), every block runs timm's own forward and the results are bit for bit those of the unpatched model.
+    Class, distillation and register tokens are never touched.
 
     forward_features returns the reduced tokens. forward_intermediates and get_intermediate_layers give every token
-    the value of the row it was merged into (0 if dropped), on the full grid. Heads: average pooling weighs tokens by
-    size, attention pooling adds log size to its logits, max pooling is unchanged. attn_mask and is_causal are refused.
-    In a reducing block the attention module's parts are called, but not its own forward, nor its forward hooks.
+    the value of its row, on the full grid: that of the token it was merged or fused into, 0 if it was dropped. Heads,
+    where tokens merge: average pooling weighs them by size, attention pooling adds log size to its logits, max pooling
+    is unchanged; where they are dropped or fused: they pool what is left. attn_mask and is_causal are refused, and so
+    is training with attention dropout where attention emits scores.
+    The attention module's parts are called, but not its own forward, nor its forward hooks.
 
     Args:
         model: timm's VisionTransformer or VisionTransformerDistilled with plain blocks; not yet compiled or wrapped.
-        method: "tome".
-        options: of the method; see `tokred_kernels.methods.tome.ToMe`.
+        method: "tome", "topk", "evit" or "metr".
+        options: of the method; see ToMe, TopK, EViT and METR in `tokred_kernels.methods`.
 
     Returns:
         The same model.
@@ -48,8 +50,9 @@ def apply(model: nn.Module, method: str, **options) -> nn.Module:
     """
     chosen = methods.create(method, options)
     check_model(model)
+    chosen.check(model)
     model.tokred_method = chosen
-    model.tokred_schedule = chosen.schedule(len(model.blocks))  # may be longer than the blocks, also after pruning
+    model.tokred_depth = len(model.blocks)  # its blocks may be pruned later, the schedule stays
     for block in model.blocks:
         block.tokred_method = chosen
         block.tokred_prefix = model.num_prefix_tokens
@@ -72,7 +75,7 @@ def remove(model: nn.Module) -> nn.Module:
     for block in model.blocks:
         del block.tokred_method, block.tokred_prefix
         block.__class__ = Block
-    del model.tokred_method, model.tokred_schedule
+    del model.tokred_method, model.tokred_depth
     model.__class__ = dense[type(model)]
     return model
 
@@ -81,31 +84,30 @@ class ReducedBlock(Block):
     """timm's Block with a method's step in it: `x, size = block(x, size, r)`."""
 
     def forward(
-        self, x: Tensor, size: Tensor | None = None, r: int = 0, with_assign: bool = False
+        self, x: Tensor, size: Tensor | None = None, r: int | None = None, with_assign: bool = False
     ) -> tuple[Tensor, Tensor | None] | tuple[Tensor, Tensor | None, Tensor | None]:
-        """x [B, N, C], size [B, N] to [B, M, C], [B, M]; with_assign: and assign [B, N], None if not reduced."""
-        if size is None and r == 0:
+        """x [B, N, C], size [B, N] to [B, M, C], [B, M]; with_assign: and assign [B, N], None if not reduced.
+
+        Without r, and without sizes to honour, it is timm's own forward.
+        """
+        if r is None and size is None:
             x, assign = super().forward(x), None
         else:
-            x, size, assign = self.tokred_method.step(self, x, size, r)
+            x, size, assign = self.tokred_method.step(self, x, size, 0 if r is None else r)
         return (x, size, assign) if with_assign else (x, size)
 
-    def attend(self, x: Tensor, size: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The attention branch [B, N, C], each key counted size times, and the keys [B, H, N, D]."""
+    def attend(
+        self, x: Tensor, size: Tensor | None = None, scores: str = "none"
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The attention branch [B, N, C], each key counted size times; the keys [B, H, N, D]; the scores [B, N]."""
         attn = self.attn
         B, N, _ = x.shape
         qkv = attn.qkv(self.norm1(x)).reshape(B, N, 3, attn.num_heads, attn.head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         q, k = attn.q_norm(q), attn.k_norm(k)
-        y = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=None if size is None else key_mask(size, q.dtype),
-            dropout_p=attn.attn_drop.p if self.training else 0.0,
-        )
+        y, emitted = attend(q, k, v, size, scores=scores, dropout=attn.attn_drop.p if self.training else 0.0)
         y = attn.norm(y.transpose(1, 2).reshape(B, N, attn.attn_dim))
-        return self.drop_path1(self.ls1(attn.proj_drop(attn.proj(y)))), k
+        return self.drop_path1(self.ls1(attn.proj_drop(attn.proj(y)))), k, emitted
 
     def feed_forward(self, x: Tensor) -> Tensor:
         """The MLP branch [B, N, C]."""
@@ -116,7 +118,7 @@ class _Reduced:
     """The forward of a patched model, in front of timm's class."""
 
     tokred_method: methods.Method
-    tokred_schedule: tuple[int, ...]
+    tokred_depth: int
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         x, size = self._reduce(x, attn_mask, is_causal)
@@ -136,7 +138,7 @@ class _Reduced:
         if kind not in ("avg", "avgmax", "attention"):
             return super().pool(x, pool_type)
         if size is None:
-            if any(self.tokred_schedule[: len(self.blocks)]) and not self._is_full(x):
+            if self.tokred_method.sized and any(self._schedule(x)) and not self._is_full(x):
                 raise ValueError(
                     f"forward_head: {kind} pooling must weigh reduced tokens by their size, which forward_features "
                     "does not return; call the model, or pass size="
@@ -165,7 +167,10 @@ class _Reduced:
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
     ):
-        """timm's, with every token of the full grid, in the final features too: forward_head accepts those."""
+        """timm's, with every token of the full grid, in the final features too.
+
+        forward_head accepts those, but where it pools, tokens that were dropped count as 0.
+        """
         _refuse_mask(attn_mask, is_causal)
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"forward_intermediates: output_fmt must be NCHW or NLC, got {output_fmt!r}")
@@ -173,7 +178,7 @@ class _Reduced:
         image = x.shape[-2:]
         x, size, source = self._embed(x), None, None
         grids = []
-        for index, (block, r) in enumerate(zip(self.blocks, self.tokred_schedule, strict=False)):
+        for index, (block, r) in enumerate(zip(self.blocks, self._schedule(x), strict=True)):
             if stop_early and index > last:
                 break
             x, size, assign = self._run(block, x, size, r, True)
@@ -202,6 +207,12 @@ class _Reduced:
     def _embed(self, x: Tensor) -> Tensor:
         return self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
 
+    def _schedule(self, x: Tensor) -> tuple[int | None, ...]:
+        """r of each block for tokens x [B, N, C] that enter the first; None where nothing is removed throughout."""
+        removed = self.tokred_method.schedule(self.tokred_depth, x.shape[1] - self.num_prefix_tokens)
+        removed = removed[: len(self.blocks)]
+        return removed if any(removed) else (None,) * len(removed)
+
     def _run(self, block: nn.Module, *args):
         if not self.grad_checkpointing:
             return block(*args)
@@ -213,7 +224,7 @@ class _Reduced:
         """Images to normalised tokens [B, M, C] and their sizes [B, M], None if nothing merges."""
         _refuse_mask(attn_mask, is_causal)
         x, size = self._embed(x), None
-        for block, r in zip(self.blocks, self.tokred_schedule, strict=False):
+        for block, r in zip(self.blocks, self._schedule(x), strict=True):
             x, size = self._run(block, x, size, r)
         return self.norm(x), size
 
@@ -251,6 +262,6 @@ def _refine(pool: nn.Module, x: Tensor, size: Tensor) -> Tensor:
     """timm's AttentionPoolPrr, parameter-free self-attention before pooling, of tokens with sizes."""
     B, N, C = x.shape
     y = pool.pre_norm(x).reshape(B, N, pool.num_heads, pool.head_dim).transpose(1, 2)
-    y = F.scaled_dot_product_attention(y, y, y, attn_mask=key_mask(size, y.dtype))
+    y, _ = attend(y, y, y, size)
     y = pool.post_norm(y.transpose(1, 2).reshape(B, N, C))
     return y[:, 0] if pool.pool == "token" else weighted_mean(y, size)

@@ -1,0 +1,42 @@
+"""Attention of a patched block: our op or torch's, whichever `_backend.ATTENTION` says is faster."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import _check
+from .._backend import ATTENTION
+from ._size import key_mask
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, size: Tensor | None = None, *, scores: str = "none", dropout: float = 0.0
+) -> tuple[Tensor, Tensor | None]:
+    """softmax(q k^T D^-1/2 + log size) v [B, H, N, D], and its scores [B, N] as `tokred_kernels.attention` has them.
+
+    Args:
+        q, k, v: [B, H, N, D], D up to 128 for scores.
+        size: [B, N], positive.
+        dropout: of the attention matrix, which torch alone can do.
+
+    Raises:
+        ValueError: scores under dropout.
+    """
+    D, scored = q.shape[-1], scores != "none"
+    if scored and dropout > 0:
+        raise ValueError(f"attention that emits scores has no dropout: train with attn_drop = 0, got {dropout}")
+    scale = None
+    if scored and D % 8:  # zeros change no logit
+        scale = D**-0.5
+        q, k, v = (F.pad(t, (0, -D % 8)) for t in (q, k, v))
+    kind = "scored" if scored else "plain" if size is None else "sized"
+    ours = ATTENTION.get(q.device.type, {}).get(kind) == "tokred"
+    fits = q.shape[-1] % 8 == 0 and q.shape[-1] <= _check.MAX_WIDTH and dropout == 0
+    trains = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)  # attention_scores has no gradient
+    if (ours or (scored and trains)) and fits:
+        out, emitted = torch.ops.tokred.attention(q, k, v, size, scale=scale, scores=scores)
+    else:
+        mask = None if size is None else key_mask(size, q.dtype)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
+        emitted = torch.ops.tokred.attention_scores(q, k, size, scale=scale, scores=scores) if scored else None
+    return out[..., :D], emitted if scored else None

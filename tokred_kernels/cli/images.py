@@ -27,6 +27,17 @@ def load(paths: Sequence[str], model: nn.Module) -> tuple[list[str], Tensor]:
     return [name for name, _ in photographs], torch.stack([transform(image) for _, image in photographs])
 
 
+def photographs(pixels: Tensor, model: nn.Module) -> list:
+    """What `model` sees in pixels [B, 3, H, W] from `load`, as Pillow's images."""
+    import timm.data
+    from PIL import Image
+
+    config = timm.data.resolve_model_data_config(model)
+    mean, std = (torch.tensor(config[name])[:, None, None] for name in ("mean", "std"))
+    values = ((pixels * std + mean) * 255).round().clamp(0, 255).byte()
+    return [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in values]
+
+
 def _files(paths: Sequence[str]) -> list[Path]:
     files = []
     for path in map(Path, paths):
@@ -59,7 +70,9 @@ def _samples():
     try:
         from sklearn.datasets import load_sample_images
     except ImportError:
-        raise UserError("the sample photographs need scikit-learn: pip install scikit-learn, or give --image") from None
+        raise UserError(
+            "the sample photographs need scikit-learn: pip install scikit-learn, or name an image"
+        ) from None
     samples = load_sample_images()
     return [
         (Path(name).name, Image.fromarray(pixels))

@@ -18,6 +18,8 @@ constexpr int kVectorBytes = 64;
 #include "topk_image.h"
 //
 #include "attention_image.h"
+//
+#include "attention_vector.h"
 
 static bool supported() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

@@ -12,6 +12,8 @@ constexpr int kVectorBytes = 16;
 #include "topk_image.h"
 //
 #include "attention_image.h"
+//
+#include "attention_vector.h"
 
 static bool supported() { return true; }
 extern const Isa kIsa = {"portable",      supported,  match_image,      merge_image,

@@ -38,8 +38,7 @@ inline void split(Vec<float> x, u32x (&part)[kParts]) {
   }
 }
 inline void store_upper(uint16_t* p, u32x words) {
-  const u16x half = __builtin_convertvector(words >> 16, u16x);
-  __builtin_memcpy(p, &half, sizeof half);
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16((__m512i)(words >> 16)));
 }
 inline u32x nearest_bf16(Vec<float> x) {  // of x >= 0; a NaN stays one
   const u32x bits = (u32x)x;
@@ -123,7 +122,7 @@ class AmxProducts {
   }
 
   template <int kVectors>
-  void logits(int64_t n, T* logits, Vec<T> (&m)[kVectors]) const {
+  void logits(int64_t n, Vec<T> factor, T* logits, Vec<T> (&m)[kVectors]) const {
     constexpr bool kTwo = kVectors == 2;
     Tiles::fence();
     for (int64_t j = 0; j < n; j += kDepth) {
@@ -136,7 +135,7 @@ class AmxProducts {
     }
     Tiles::fence();
     for (int64_t j = 0; j < n; ++j)
-      for (int u = 0; u < kVectors; ++u) m[u] = maximum(load(logits + j * kTile + u * W), m[u]);
+      for (int u = 0; u < kVectors; ++u) m[u] = maximum(load(logits + j * kTile + u * W) * factor, m[u]);
   }
 
   template <class Sink>
@@ -193,35 +192,39 @@ class AmxProducts {
 
   // Rows of parts [kParts], `apart` elements from one to the next.
   void split_row(const E* from, uint16_t* to, int64_t apart) {
+    u32x largest = {};
     for (int64_t d = 0; d < Dp_; d += W) {
       const Vec<T> x = d + W <= D_ ? load(from + d) : d < D_ ? load_first(from + d, D_ - d) : Vec<T>{};
-      split_and_store(x, to + d, apart);
+      split_and_store(x, to + d, apart, largest);
     }
+    remember(largest);
   }
-  void split_and_store(Vec<T> x, uint16_t* to, int64_t apart) {
+  // largest: of the magnitudes, as integers.
+  static void split_and_store(Vec<T> x, uint16_t* to, int64_t apart, u32x& largest) {
     u32x part[kParts];
     split(x, part);
-    if (kParts > 1) {
-      const u32x magnitude = (u32x)x & 0x7fffffffu;
-      largest_ = magnitude > largest_ ? magnitude : largest_;
-    }
+    const u32x magnitude = (u32x)x & 0x7fffffffu;
+    largest = magnitude > largest ? magnitude : largest;
     for (int i = 0; i < kParts; ++i) store_upper(to + i * apart, part[i]);
   }
+  void remember(u32x largest) { largest_ = largest > largest_ ? largest : largest_; }
   bool was_finite() {
     bool finite = true;
-    for (int l = 0; l < W; ++l) finite &= largest_[l] < 0x7f800000u;
+    for (int l = 0; l < W && kParts > 1; ++l) finite &= largest_[l] < 0x7f800000u;
     largest_ = u32x{};
     return finite;
   }
 
   // staged_ [W][Dp] are the values of keys n ..
   void transpose_values(int64_t n) {
+    u32x largest = {};
     for (int64_t d = 0; d < Dp_; d += W) {
       T square[W * W];
       transpose<T>(staged_ + d, Dp_, square, W);
       for (int64_t i = 0; i < W; ++i)
-        split_and_store(load(square + i * W), values_ + (d + i) * rows_n_ + n, Dp_ * rows_n_);
+        split_and_store(load(square + i * W), values_ + (d + i) * rows_n_ + n, Dp_ * rows_n_, largest);
     }
+    remember(largest);
   }
 
   template <bool kTwo>

@@ -1,11 +1,11 @@
-// attention, one (image, head, chunk of queries) at a time: out = p v, p_ij = size_j 2^(s_ij - m_i) / l_i with
-// s = scale log2(e) q k^T, m the largest logit of a query and l the sum of its masses.
+// attention, one (image, head, chunk of queries) at a time: out = p v, p_ij = size_j 2^(f s_ij - m_i) / l_i with
+// s = q k^T, f = scale log2(e), m the largest f s of a query and l the sum of its masses.
 //
 // Queries lie across the vector lanes: a tile of kQueryTile queries is transposed once, keys and values are read as
 // rows, and maxima and sums over the keys are vertical. Per tile of queries:
 //
-// 1. logits [keys][kQueryTile] = k q^T, and the largest of each query.
-// 2. masses: 2^(s - m) size, and their sum l.
+// 1. logits [keys][kQueryTile] = k q^T, and m.
+// 2. masses: 2^(f s - m) size, and their sum l.
 // 3. by-products: the class token's row is lane 0 of the first tile; a column sum adds mass / l lane by lane.
 // 4. out = mass^T v, times 1 / l as it is written.
 //
@@ -31,6 +31,20 @@ void widen_row(const E* from, int64_t D, int64_t Dp, Wide<E>* to) {
   for (; d < Dp; d += W) store(to + d, Vec<Wide<E>>{});
 }
 
+// Where a maximum begins: finite, because -inf - -inf is NaN.
+template <class T>
+constexpr T lowest() {
+  return sizeof(T) == 4 ? T(-1e38) : T(-1e308);
+}
+
+// 1 / l, 0 for a row without mass and for the lanes from `count` on, which hold no query.
+template <class T>
+Vec<T> shares(Vec<T> l, int64_t count) {
+  Vec<T> share = l == 0 ? Vec<T>{} : 1 / l;
+  for (int64_t lane = count < 0 ? 0 : count; lane < kLanes<T>; ++lane) share[lane] = 0;
+  return share;
+}
+
 template <class E, class Products>
 class AttentionHead {
   using T = Wide<E>;
@@ -44,13 +58,10 @@ class AttentionHead {
         block_(one_block_ ? batch.N : kKeyBlock),
         rows_(one_block_ ? kTile : batch.chunk_rows),
         columns_(batch.scores == kScoresMean ? round_up(block_, W) * W : 0),
-        // 2^(scale log2(e) s): a scale below 0 would turn the largest logit into the smallest.
-        negative_(batch.scale < 0),
-        factor_(splat(T((negative_ ? -batch.scale : batch.scale) * 1.4426950408889634))),
+        factor_(splat(T(batch.scale * kLog2E))),
         scratch_(Products::bytes(batch, block_) + Scratch::bytes<T>(block_) + Scratch::bytes<int32_t>(block_) +
                  Scratch::bytes<T>(Products::padded_rows(block_) * kTile) + Scratch::bytes<T>(columns_) +
-                 Scratch::bytes<T>(rows_) * 2 + Scratch::bytes<T>(one_block_ ? 0 : rows_ * Dp_) +
-                 Scratch::bytes<E>(negative_ ? kTile * batch.D : 0)),
+                 Scratch::bytes<T>(rows_) * 2 + Scratch::bytes<T>(one_block_ ? 0 : rows_ * Dp_)),
         products_(batch, block_, scratch_),
         size_(scratch_.template take<T>(block_)),
         index_(scratch_.template take<int32_t>(block_)),
@@ -58,8 +69,7 @@ class AttentionHead {
         column_(scratch_.template take<T>(columns_)),
         highest_(scratch_.template take<T>(rows_)),
         total_(scratch_.template take<T>(rows_)),
-        running_(scratch_.template take<T>(one_block_ ? 0 : rows_ * Dp_)),
-        negated_(scratch_.template take<E>(negative_ ? kTile * batch.D : 0)) {}
+        running_(scratch_.template take<T>(one_block_ ? 0 : rows_ * Dp_)) {}
 
   // Work is numbered (image, head, chunk), the chunk fastest. False: the products cannot take these values, and
   // nothing that was written counts.
@@ -117,14 +127,7 @@ class AttentionHead {
 
   bool set_queries(int64_t i, int64_t count) {
     const E* q = static_cast<const E*>(a_.q.data) + b_ * a_.q.s_b + h_ * a_.q.s_h + i * a_.q.s_n;
-    if (!negative_) return products_.set_queries(q, a_.q.s_n, count);
-    constexpr unsigned char kSign = 0x80;  // of the last byte of a number
-    memcpy_rows(q, count);
-    for (int64_t e = 0; e < count * a_.D; ++e) reinterpret_cast<unsigned char*>(negated_ + e)[sizeof(E) - 1] ^= kSign;
-    return products_.set_queries(negated_, a_.D, count);
-  }
-  void memcpy_rows(const E* q, int64_t count) {
-    for (int64_t t = 0; t < count; ++t) memcpy(negated_ + t * a_.D, q + t * a_.q.s_n, a_.D * sizeof(E));
+    return products_.set_queries(q, a_.q.s_n, count);
   }
 
   bool tile(int64_t i, int64_t row, bool first, bool last) {
@@ -138,19 +141,19 @@ class AttentionHead {
     const int64_t count = last_ - i < kTile ? last_ - i : kTile;
     if (!set_queries(i, count)) return false;
     Vec<T> m[kVectors], before[kVectors], l[kVectors] = {};
-    for (int u = 0; u < kVectors; ++u) m[u] = before[u] = first ? splat(lowest()) : load(highest_ + row + u * W);
-    products_.template logits<kVectors>(n_, mass_, m);
+    for (int u = 0; u < kVectors; ++u) m[u] = before[u] = first ? splat(lowest<T>()) : load(highest_ + row + u * W);
+    products_.template logits<kVectors>(n_, factor_, mass_, m);
     masses<kVectors>(m, l);
     T correction[kTile], share[kTile];
     for (int u = 0; u < kVectors; ++u) {
       if (!first) {
-        before[u] = exp2_lanes((before[u] - m[u]) * factor_);  // what the rows so far are worth now
+        before[u] = exp2_lanes(before[u] - m[u]);  // what the rows so far are worth now
         l[u] += load(total_ + row + u * W) * before[u];
       }
       store(highest_ + row + u * W, m[u]);
       store(total_ + row + u * W, l[u]);
       store(correction + u * W, before[u]);
-      store(share + u * W, shares(l[u], count - u * W));
+      store(share + u * W, shares<T>(l[u], count - u * W));
     }
     if (one_block_) emit<kVectors>(i, share);
     if (!a_.with_values) return true;
@@ -168,7 +171,7 @@ class AttentionHead {
     return true;
   }
 
-  // mass_ = 2^(factor (logit - m)) size; l becomes the sum of each query.
+  // mass_ = 2^(factor logit - m) size; l becomes the sum of each query.
   template <int kVectors>
   void masses(const Vec<T> (&m)[kVectors], Vec<T> (&l)[kVectors]) {
     if (a_.size)
@@ -180,23 +183,14 @@ class AttentionHead {
   void masses_of(const Vec<T> (&m)[kVectors], Vec<T> (&l)[kVectors]) {
     T* mass = mass_;
     const T* size = size_;
-    Vec<T> top[kVectors];
-    for (int u = 0; u < kVectors; ++u) top[u] = m[u] * factor_;
     for (int64_t j = 0; j < n_; ++j)
       for (int u = 0; u < kVectors; ++u) {
         T* at = mass + j * kTile + u * W;
-        Vec<T> p = exp2_lanes(load(at) * factor_ - top[u]);
+        Vec<T> p = exp2_lanes(load(at) * factor_ - m[u]);
         if (kSized) p *= splat(size[j]);
         l[u] += p;
         store(at, p);
       }
-  }
-
-  // 1 / l, 0 for a row without mass and for the lanes from `count` on, which hold no query.
-  static Vec<T> shares(Vec<T> l, int64_t count) {
-    Vec<T> share = l == 0 ? Vec<T>{} : 1 / l;
-    for (int64_t lane = count < 0 ? 0 : count; lane < W; ++lane) share[lane] = 0;
-    return share;
   }
 
   // The scores of a tile whose masses are in mass_.
@@ -226,9 +220,9 @@ class AttentionHead {
     T share[kTile];
     for (int u = 0; u < kVectors; ++u) {
       m[u] = seen[u] = load(highest_ + row + u * W);
-      store(share + u * W, shares(load(total_ + row + u * W), count - u * W));
+      store(share + u * W, shares<T>(load(total_ + row + u * W), count - u * W));
     }
-    products_.template logits<kVectors>(n_, mass_, seen);
+    products_.template logits<kVectors>(n_, factor_, mass_, seen);
     masses<kVectors>(m, none);
     emit<kVectors>(i, share);
   }
@@ -245,20 +239,16 @@ class AttentionHead {
     memset(column_, 0, columns_ * sizeof(T));
   }
 
-  static T lowest() { return sizeof(T) == 4 ? T(-1e38) : T(-1e308); }  // finite: -inf - -inf would be NaN
-
   const AttentionBatch& a_;
   const int64_t Dp_;
   const bool one_block_;
   const int64_t block_, rows_, columns_;
-  const bool negative_;
   const Vec<T> factor_;
   Scratch scratch_;
   Products products_;
   T* size_;
   int32_t* index_;
   T *mass_, *column_, *highest_, *total_, *running_;
-  E* negated_;
   T* partial_ = nullptr;
   int64_t b_ = 0, h_ = 0, first_ = 0, last_ = 0, n_ = 0, packed_ = -1;
 };

@@ -54,12 +54,12 @@ class VectorProducts {
     return true;
   }
 
-  // logits [n, padded][kTile] = k q^T; m: the larger of it and each query's largest.
+  // logits [n, padded][kTile] = k q^T; m becomes the largest factor * logit of each query, and m.
   template <int kVectors>
-  void logits(int64_t n, T* logits, Vec<T> (&m)[kVectors]) const {
+  void logits(int64_t n, Vec<T> factor, T* logits, Vec<T> (&m)[kVectors]) const {
     int64_t j = 0;
-    for (; j + kKeyRows <= n; j += kKeyRows) logit_rows<kVectors>(j, kKeyRows, logits, m);
-    if (j < n) logit_rows<kVectors>(j, n - j, logits, m);
+    for (; j + kKeyRows <= n; j += kKeyRows) logit_rows<kVectors>(j, kKeyRows, factor, logits, m);
+    if (j < n) logit_rows<kVectors>(j, n - j, factor, logits, m);
   }
 
   // sink(t, d, v): elements d .. d + W of the row of query t < count of mass^T v.
@@ -75,7 +75,7 @@ class VectorProducts {
 
  private:
   template <int kVectors>
-  __attribute__((always_inline)) inline void logit_rows(int64_t j, int64_t rows, T* logits,
+  __attribute__((always_inline)) inline void logit_rows(int64_t j, int64_t rows, Vec<T> factor, T* logits,
                                                         Vec<T> (&m)[kVectors]) const {
     Vec<T> s[kKeyRows][kVectors] = {};
     multiply(s, D_, keys_ + j * Dp_, Dp_, 1, queries_, kTile);
@@ -83,7 +83,7 @@ class VectorProducts {
     for (int t = 0; t < kKeyRows; ++t)
       for (int u = 0; u < kVectors; ++u) {
         store(logits + (j + t) * kTile + u * W, s[t][u]);
-        if (t < rows) m[u] = maximum(s[t][u], m[u]);
+        if (t < rows) m[u] = maximum(s[t][u] * factor, m[u]);
       }
   }
   template <int kVectors, class Sink>

@@ -17,6 +17,9 @@ extern const Isa kIsa;
 void match_image(const MatchImage&);
 void merge_image(const MergeImage&);
 void attention_units(const AttentionBatch&, int64_t begin, int64_t end);
+void attention_grads(const AttentionGrads&, int64_t begin, int64_t end);
+void topk_image(const TopkImage&);
+void topk_gather_image(const TopkGatherImage&);
 }  // namespace avx512
 
 namespace amx {
@@ -43,7 +46,14 @@ static bool supported() {
   return false;
 #endif
 }
-extern const Isa kIsa = {"amx", supported, avx512::match_image, avx512::merge_image, attention_units};
+extern const Isa kIsa = {"amx",
+                         supported,
+                         avx512::match_image,
+                         avx512::merge_image,
+                         attention_units,
+                         avx512::attention_grads,
+                         avx512::topk_image,
+                         avx512::topk_gather_image};
 
 }  // namespace amx
 }  // namespace tokred

@@ -60,9 +60,15 @@ inline Vec<double> load(const double* p) {
   return v;
 }
 inline Vec<float> load(const bfloat16_t* p) {
+#if defined(TOKRED_AVX512)
+  return (Vec<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+#elif defined(TOKRED_AVX2)
+  return (Vec<float>)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
+#else
   u16x half;
   __builtin_memcpy(&half, p, sizeof half);
   return (Vec<float>)(__builtin_convertvector(half, u32x) << 16);
+#endif
 }
 inline Vec<float> load(const half_t* p) {
   Vec<float> v;

@@ -20,9 +20,6 @@ extern const Isa kIsa;
 namespace avx512 {
 extern const Isa kIsa;
 }
-namespace amx {
-extern const Isa kIsa;
-}
 #endif
 
 namespace {
@@ -30,7 +27,7 @@ namespace {
 // Best first.
 const std::initializer_list<const Isa*> kAll = {
 #if defined(__x86_64__)
-    &amx::kIsa, &avx512::kIsa, &avx2::kIsa,
+    &avx512::kIsa, &avx2::kIsa,
 #endif
     &portable::kIsa};
 

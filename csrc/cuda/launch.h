@@ -38,6 +38,14 @@ class Launcher {
   cudaStream_t stream_;
 };
 
+inline Device this_device() {
+  int index = 0, multiprocessors = 0, shared = 0;
+  STD_CUDA_CHECK(cudaGetDevice(&index));
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, index));
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, index));
+  return {multiprocessors, shared};
+}
+
 inline int checked_int(const char* op, const char* what, int64_t n) {
   if (n >= INT_MAX) fail(op, what, "below 2^31 - 1 on a CUDA device", std::to_string(n));
   return int(n);

@@ -4,14 +4,6 @@
 
 namespace tokred {
 
-static Device this_device() {
-  int index = 0, multiprocessors = 0, shared = 0;
-  STD_CUDA_CHECK(cudaGetDevice(&index));
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, index));
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, index));
-  return {multiprocessors, shared};
-}
-
 static Dtype dtype_of(const Tensor& t) {
   switch (t.scalar_type()) {
     case ScalarType::Half: return Dtype::kHalf;

@@ -21,8 +21,10 @@ FLAVOURS = {
     "undefined": ("-fsanitize=undefined -fno-sanitize-recover -g1", ""),
     "thread": ("-fsanitize=thread -g1", "-DSIMT_TSAN"),
 }
-# No contraction: fmaf alone is a fused product, so every flavour and every host rounds alike.
-FLAGS = "-std=c++17 -march=native -ffp-contract=off -Wall -Wno-unknown-pragmas"
+PROGRAMS = ("cases", "attention_cases", "planted")
+# As nvcc: no contraction (fmaf alone is a fused product, so every flavour and every host rounds alike), no type-based
+# aliasing.
+FLAGS = "-std=c++17 -march=native -ffp-contract=off -fno-strict-aliasing -Wall -Wno-unknown-pragmas"
 
 
 def _ninja() -> str:
@@ -49,7 +51,7 @@ def _rules(out: Path) -> str:
     text.append(f"build {out}/simt_kernels.so: link {' '.join(module)}\n  flags = -shared")
     for flavour, (kernel, scheduler) in FLAVOURS.items():
         simt = compile_(f"simt_{flavour}", "simt.cpp", f"-O2 {scheduler}")
-        for program in ("cases", "planted"):
+        for program in PROGRAMS:
             main = compile_(f"{program}_{flavour}", f"{program}.cpp", f"-O1 {kernel}")
             text.append(f"build {out}/{program}_{flavour}.exe: link {main} {simt}\n  flags = {kernel}")
     return "\n".join(text) + "\n"

@@ -2,38 +2,11 @@
 // Prints a hash of each case's outputs: it must not depend on the flavour or on the schedule.
 #include <cstdio>
 #include <cstdlib>
-#include <random>
-#include <vector>
 
+#include "buffers.h"
 #include "kernels.h"
 
 using namespace tokred;
-
-static std::mt19937 random_bits;
-
-// Allocated to size: one element more would be found.
-template <typename T>
-struct Buffer {
-  std::unique_ptr<T[]> data;
-  size_t count;
-  explicit Buffer(size_t n) : data(new T[n]), count(n) { memset(data.get(), 0xFF, n * sizeof(T)); }
-  operator T*() { return data.get(); }
-};
-
-template <typename T>
-static Buffer<T> normal(size_t n) {
-  Buffer<T> values(n);
-  std::normal_distribution<float> draw;
-  for (size_t i = 0; i < n; ++i) from_float(draw(random_bits), values[i]);
-  return values;
-}
-
-template <typename T>
-static uint32_t hash(const Buffer<T>& values, uint32_t h = 2166136261u) {
-  const unsigned char* bytes = reinterpret_cast<const unsigned char*>(values.data.get());
-  for (size_t i = 0; i < values.count * sizeof(T); ++i) h = (h ^ bytes[i]) * 16777619u;
-  return h;
-}
 
 template <typename T>
 static void match(Dtype dtype, int B, int H, int N, int D, int r, int p, bool weighted, bool one_block) {

@@ -4,6 +4,7 @@
 #include <memory>
 #include <stdexcept>
 
+#include "attention_scores.cuh"
 #include "match_split.cuh"
 #include "merge.cuh"
 #include "unmerge.cuh"
@@ -40,6 +41,20 @@ void emulate_merge(const MergeBatch& g, bool aligned) {
 template <typename Word>
 void emulate_unmerge(const UnmergeBatch<Word>& u) {
   launch_unmerge(u, Launcher{});
+}
+
+// Returns how much scratch memory it took.
+template <typename T>
+int64_t emulate_attention(const AttentionBatch& g, Emission emit, float* scores, const Device& device) {
+  std::unique_ptr<char[]> scratch;
+  int64_t taken = 0;
+  launch_scored_attention<T>(g, emit, scores, device, Launcher{}, [&](int64_t bytes) {
+    scratch.reset(new char[size_t(bytes)]);
+    memset(scratch.get(), 0xCB, size_t(bytes));
+    taken += bytes;
+    return scratch.get();
+  });
+  return taken;
 }
 
 }  // namespace tokred

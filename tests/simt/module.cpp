@@ -49,10 +49,30 @@ static void unmerge(uintptr_t y, uintptr_t assign, uintptr_t x, int64_t B, int N
       UnmergeBatch<Word>{pointer<Word>(y), pointer<int32_t>(assign), pointer<Word>(x), B, s_b, s_n, N, M, words});
 }
 
+// Strides in elements: of q, k and v, each [b, h, n]. Returns the bytes of scratch memory.
+static int64_t attention(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t size, uintptr_t out, uintptr_t scores,
+                         int64_t B, int H, int Nq, int N, int D, const std::vector<int64_t>& strides, float scale,
+                         bool negate, int emit, int dtype, bool aligned, int multiprocessors) {
+  AttentionBatch g;
+  g.q = pointer<void>(q), g.k = pointer<void>(k), g.v = pointer<void>(v), g.size = pointer<float>(size);
+  g.out = pointer<void>(out), g.partial = nullptr, g.rows = nullptr, g.B = B;
+  g.q_b = strides[0], g.q_h = strides[1], g.q_n = strides[2], g.k_b = strides[3], g.k_h = strides[4];
+  g.k_n = strides[5], g.v_b = strides[6], g.v_h = strides[7], g.v_n = strides[8];
+  g.H = H, g.Nq = Nq, g.N = N, g.D = D, g.scale = scale, g.negate = negate, g.aligned = aligned;
+  const Emission emission = static_cast<Emission>(emit);
+  const Device device{multiprocessors, 0};
+  switch (static_cast<Dtype>(dtype)) {
+    case Dtype::kFloat: return emulate_attention<float>(g, emission, pointer<float>(scores), device);
+    case Dtype::kHalf: return emulate_attention<__half>(g, emission, pointer<float>(scores), device);
+    default: return emulate_attention<__nv_bfloat16>(g, emission, pointer<float>(scores), device);
+  }
+}
+
 PYBIND11_MODULE(simt_kernels, m) {
   m.def("seed", &simt::seed);
   m.def("match", &match);
   m.def("merge", &merge);
+  m.def("attention", &attention);
   m.def("unmerge_16", &unmerge<uint4>);
   m.def("unmerge_4", &unmerge<uint32_t>);
   m.def("unmerge_2", &unmerge<uint16_t>);

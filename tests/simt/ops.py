@@ -4,6 +4,7 @@ Outputs lie between guard bands and start as NaN or the largest integer, so a wr
 shows.
 """
 
+import math
 import struct
 
 import torch
@@ -14,6 +15,7 @@ from tokred_kernels import _check
 from .build import emulator
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]  # in the order of Dtype
+SCORES = ["none", "cls", "mean"]  # in the order of Emission
 REDUCE = ["mean", "sum", "amax"]  # in the order of Reduction
 H200 = (132, 227 << 10)  # multiprocessors, shared memory of a block
 _GUARD = 64
@@ -122,3 +124,40 @@ def match_merge(x: Tensor, metric: Tensor, r: int, prefix: int = 1, size: Tensor
     assign = match(metric, r, prefix, seed=seed)
     out, size_out = merge(x, assign, N - _check.clamp_r(r, N, prefix), size, seed=seed)
     return out, size_out, assign
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, size: Tensor | None = None, *, scale: float | None = None, scores: str = "none",
+    device=H200, seed=0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return attention_and_scratch(q, k, v, size, scale, scores, device, seed)[:2]
+
+
+def attention_scores(
+    q: Tensor, k: Tensor, size: Tensor | None = None, *, scale: float | None = None, scores: str = "cls", device=H200,
+    seed=0,
+) -> Tensor:  # fmt: skip
+    return attention_and_scratch(q, k, None, size, scale, scores, device, seed)[1]
+
+
+def attention_and_scratch(
+    q, k, v, size=None, scale=None, scores="none", device=H200, seed=0
+) -> tuple[Tensor | None, Tensor, int]:
+    """(out, scores, bytes of scratch memory); without v, scores alone."""
+    B, H, Nq, D = q.shape
+    N = k.shape[2]
+    out = None if v is None else _Output((B, Nq, H, D), q.dtype)
+    emitted = _Output((B, 0 if scores == "none" else N), torch.float32)
+    q, k, size = _inner_contiguous(q), _inner_contiguous(k), _per_token(size)
+    v = k if v is None else _inner_contiguous(v)
+    scale = _check.scale(scale, D)
+    scratch = 0
+    if B:
+        emulator().seed(seed)
+        scratch = emulator().attention(
+            _address(q), _address(k), _address(v), _address(size), _address(out and out.tensor),
+            _address(emitted.tensor), B, H, Nq, N, D, [s for t in (q, k, v) for s in t.stride()[:3]],
+            max(abs(scale) * math.log2(math.e), torch.finfo(torch.float32).tiny), scale < 0, SCORES.index(scores),
+            DTYPES.index(q.dtype), all(_aligned(t, t.stride()[:3]) for t in (q, k, v)), device[0],
+        )  # fmt: skip
+    return out and out.take().transpose(1, 2), emitted.take(), scratch

@@ -41,8 +41,9 @@ struct Fiber {
   Site site = {};
   unsigned mask = 0, votes = 0;
   uint64_t given = 0, received = 0;
+  Words words = {};
   int source = 0;
-  bool vote = false;
+  bool vote = false, gathers = false;
   void *fake_stack = nullptr, *tsan = nullptr;
 };
 
@@ -50,6 +51,7 @@ struct Scheduler {
   ucontext_t main;
   std::vector<Fiber> fibers;
   std::vector<std::unique_ptr<char[]>> stacks;
+  Words gathered[1024 / kWarp][kWarp];
   std::unique_ptr<unsigned char[]> shared;
   const std::function<void()>* thread = nullptr;
   int current = -1;
@@ -149,6 +151,8 @@ bool release_warps() {
       votes |= unsigned(warp[l].vote) << l;
     }
     if (!complete) continue;
+    if (s.fibers[i].gathers)
+      for (int l = 0; l < kWarp; ++l) s.gathered[i / kWarp][l] = warp[l].words;
     for (int l = 0; l < kWarp; ++l) {
       if (!(mask >> l & 1)) continue;
       if (!(mask >> warp[l].source & 1)) fail("a shuffle reads a lane outside its mask at " + at(warp[l]));
@@ -229,16 +233,23 @@ void block_barrier(Site site) { wait(State::kAtBlockBarrier, 0, site, &block_key
 
 uint64_t exchange(unsigned mask, uint64_t value, int source, Site site) {
   Fiber& f = s.fibers[s.current];
-  f.given = value, f.source = source, f.vote = false;
+  f.given = value, f.source = source, f.vote = f.gathers = false;
   wait_warp(mask, site);
   return f.received;
 }
 
 unsigned ballot(unsigned mask, bool vote, Site site) {
   Fiber& f = s.fibers[s.current];
-  f.vote = vote, f.source = lane();
+  f.vote = vote, f.source = lane(), f.gathers = false;
   wait_warp(mask, site);
   return f.votes;
+}
+
+const Words* gather(const Words& mine, Site site) {
+  Fiber& f = s.fibers[s.current];
+  f.words = mine, f.source = lane(), f.vote = false, f.gathers = true;
+  wait_warp(~0u, site);
+  return s.gathered[s.current / kWarp];
 }
 
 void run(int64_t blocks, int threads, int64_t shared, const std::function<void()>& thread) {

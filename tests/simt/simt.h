@@ -46,6 +46,11 @@ void block_barrier(Site site);
 // Waits for the lanes of the mask at the same site; returns what lane `source` of the warp gave.
 uint64_t exchange(unsigned mask, uint64_t value, int source, Site site);
 unsigned ballot(unsigned mask, bool vote, Site site);
+struct Words {
+  unsigned word[6];
+};
+// Waits for the whole warp at the same site; returns what every lane gave, to be read before the next gather.
+const Words* gather(const Words& mine, Site site);
 int lane();
 
 // Throws std::runtime_error where the hardware would hang or be undefined.
@@ -67,13 +72,17 @@ inline unsigned __ballot_sync(unsigned mask, bool vote, const char* file = __bui
   return simt::ballot(mask, vote, {file, line});
 }
 template <typename T>
-T __shfl_xor_sync(unsigned mask, T value, int lanes, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+T __shfl_sync(unsigned mask, T value, int lane, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
   static_assert(sizeof(T) <= sizeof(uint64_t));
   uint64_t bits = 0;
   memcpy(&bits, &value, sizeof value);
-  bits = simt::exchange(mask, bits, simt::lane() ^ lanes, {file, line});
+  bits = simt::exchange(mask, bits, lane % 32, {file, line});
   memcpy(&value, &bits, sizeof value);
   return value;
+}
+template <typename T>
+T __shfl_xor_sync(unsigned mask, T value, int lanes, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  return __shfl_sync(mask, value, simt::lane() ^ lanes, file, line);
 }
 inline float __uint_as_float(unsigned bits) {
   float value;

@@ -36,6 +36,5 @@ class EViT(TopK):
             if not isinstance(getattr(self, option), bool):
                 self._refuse(f"{option} must be True or False", getattr(self, option))
 
-    @property
-    def fusion(self) -> str:
+    def _fuse(self) -> str:
         return ("mean" if self.normalize else "sum") if self.fuse else "none"

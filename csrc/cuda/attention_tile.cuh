@@ -1,0 +1,288 @@
+// What the attention kernels share: rows staged in shared memory, the logits of 16 queries and 16 keys, p v.
+//
+// A warp owns 16 query rows. Its 16 x 16 logits are two accumulators of the tensor cores (mma.cuh): lane 4 g + t holds
+// rows g and g + 8 of the columns 2t, 2t + 1, 8 + 2t and 9 + 2t. float32 has the same layout but multiplies by FMA, so
+// that everything between the two products is written once.
+//
+// Masking costs one fminf a logit. The cap of a masked or absent key is -inf, which fminf prefers to a NaN too; of any
+// other +inf, which turns a NaN logit into one that makes its row NaN all the same.
+#pragma once
+#include "mma.cuh"
+
+namespace tokred {
+
+constexpr int kAttentionWarps = 4, kAttentionThreads = kAttentionWarps * kWarp;
+constexpr int kQueryTile = 16, kKeyTile = 16;
+
+// What the softmax of a row needs: p = size exp2(s - highest) * inverse; s, highest to base 2.
+struct alignas(8) RowStatistics {
+  float highest, inverse;
+};
+
+struct AttentionBatch {
+  const void* q;        // [B, H, Nq, D], inner stride 1
+  const void* k;        // [B, H, N, D]
+  const void* v;        // [B, H, N, D]
+  const float* size;    // [B, N] or null
+  void* out;            // [B, Nq, H, D] or null: scores alone, v is not read
+  float* partial;       // [B, H, N] or null: the CLS row, or the sum of the rows, of each head
+  RowStatistics* rows;  // [B, H, Nq] or null
+  int64_t B, q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n;
+  int H, Nq, N, D;
+  float scale;   // of the logits to base 2, positive
+  bool negate;   // q, for a scale below 0
+  bool aligned;  // every row of q, k and v starts at a multiple of 16 bytes
+
+  template <typename T>
+  __device__ __forceinline__ const T* query(int64_t head, int64_t row) const {
+    return static_cast<const T*>(q) + head / H * q_b + head % H * q_h + row * q_n;
+  }
+  template <typename T>
+  __device__ __forceinline__ const T* key(int64_t head, int64_t row) const {
+    return static_cast<const T*>(k) + head / H * k_b + head % H * k_h + row * k_n;
+  }
+  template <typename T>
+  __device__ __forceinline__ const T* value(int64_t head, int64_t row) const {
+    return static_cast<const T*>(v) + head / H * v_b + head % H * v_h + row * v_n;
+  }
+};
+
+// Elements from one staged row to the next: an odd number of 16-byte words, so that eight rows meet no bank twice.
+template <typename T, int kWidth>
+constexpr int kRowPitch = kWidth + 16 / int(sizeof(T));
+
+// Shared memory of the query tiles of a block.
+template <typename T, int kWidth>
+constexpr int64_t query_bytes() {
+  return int64_t(kAttentionWarps) * kQueryTile * kRowPitch<T, kWidth> * sizeof(T);
+}
+
+template <int kLength, typename T>
+__device__ __forceinline__ Pack<T, kLength> load_pack(const T* from, bool aligned) {
+  if (aligned) return *reinterpret_cast<const Pack<T, kLength>*>(from);
+  Pack<T, kLength> pack;
+#pragma unroll
+  for (int e = 0; e < kLength; ++e) pack.e[e] = from[e];
+  return pack;
+}
+
+// `rows` rows to shared memory by each kBy threads; zeros beyond `count` rows, beyond D and where keep(row) is false.
+template <int kWidth, int kBy, typename T, typename Keep>
+__device__ __forceinline__ void stage_rows(const AttentionBatch& g, const T* from, int64_t stride, int rows, int count,
+                                           bool negate, T* to, Keep&& keep) {
+  constexpr int kVector = 16 / sizeof(T), kPacks = kWidth / kVector;
+  for (int first = threadIdx.x % kBy; first < rows * kPacks; first += kAhead * kBy) {
+    Pack<T, kVector> part[kAhead] = {};
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) {
+      const int row = (first + k * kBy) / kPacks, d = (first + k * kBy) % kPacks * kVector;
+      if (row < min(rows, count) && d < g.D && keep(row))
+        part[k] = load_pack<kVector>(from + row * stride + d, g.aligned);
+    }
+    if (negate)
+#pragma unroll
+      for (int k = 0; k < kAhead; ++k)
+#pragma unroll
+        for (int e = 0; e < kVector; ++e) from_float(-to_float(part[k], e), part[k].e[e]);
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) {
+      const int row = (first + k * kBy) / kPacks, d = (first + k * kBy) % kPacks * kVector;
+      if (row < rows) *reinterpret_cast<Pack<T, kVector>*>(to + row * kRowPitch<T, kWidth> + d) = part[k];
+    }
+  }
+}
+
+// The 16 query rows of a warp from row `first` on.
+template <int kWidth, typename T>
+__device__ __forceinline__ void stage_queries(const AttentionBatch& g, int64_t head, int64_t first, T* to) {
+  __syncwarp();  // the rows before have been read
+  stage_rows<kWidth, kWarp>(g, g.query<T>(head, first), g.q_n, kQueryTile, int(g.Nq - first), g.negate, to,
+                            [](int) { return true; });
+  __syncwarp();
+}
+
+// A chunk of keys, their values and what their mask says.
+template <typename T, int kWidth, int kTiles>
+struct KeyChunk {
+  static constexpr int kKeys = kKeyTile * kTiles, kPitch = kRowPitch<T, kWidth>;
+  T *k, *v;  // v null: keys alone
+  float *factor, *cap;
+
+  static constexpr int64_t bytes(bool values) {
+    return int64_t(kKeys) * ((1 + values) * kPitch * sizeof(T) + 2 * sizeof(float));
+  }
+
+  __device__ __forceinline__ KeyChunk(unsigned char* shared, bool values) {
+    factor = reinterpret_cast<float*>(shared), cap = factor + kKeys;
+    k = reinterpret_cast<T*>(cap + kKeys), v = values ? k + kKeys * kPitch : nullptr;
+  }
+
+  __device__ __forceinline__ void stage(const AttentionBatch& g, int64_t head, int first) const {
+    const int count = g.N - first;
+    const float* size = g.size ? g.size + head / g.H * g.N + first : nullptr;
+    stage_rows<kWidth, kAttentionThreads>(g, g.key<T>(head, first), g.k_n, kKeys, count, false, k,
+                                          [](int) { return true; });
+    if (v && g.out)  // 0 times a NaN would be one
+      stage_rows<kWidth, kAttentionThreads>(g, g.value<T>(head, first), g.v_n, kKeys, count, false, v,
+                                            [&](int j) { return !size || size[j] > 0; });
+    for (int j = threadIdx.x; j < kKeys; j += kAttentionThreads) {
+      const float weight = j >= count ? 0 : size ? size[j] : 1;
+      factor[j] = weight > 0 ? weight : 0;
+      cap[j] = weight > 0 ? INFINITY : -INFINITY;
+    }
+  }
+
+  // Bounds the logits of tile j by the caps of their keys.
+  __device__ __forceinline__ void limit(int j, float (&s)[2][4]) const {
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      const Pack<float, 2> most = pair(cap, j, n);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) s[n][e] = fminf(s[n][e], most.e[e % 2]);
+    }
+  }
+
+  // From logits to size exp2(s - highest), for the two rows of a lane.
+  __device__ __forceinline__ void exponentiate(int j, float scale, const float (&highest)[2], float (&s)[2][4]) const {
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      const Pack<float, 2> weight = pair(factor, j, n);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) s[n][e] = weight.e[e % 2] * fast_exp2(fmaf(s[n][e], scale, -highest[e / 2]));
+    }
+  }
+
+ private:
+  __device__ __forceinline__ static const Pack<float, 2>& pair(const float* of_key, int j, int n) {
+    return *reinterpret_cast<const Pack<float, 2>*>(of_key + j * kKeyTile + 8 * n + threadIdx.x % 4 * 2);
+  }
+};
+
+// The products of a warp's 16 query rows, by tensor cores.
+template <typename T, int kWidth>
+class QueryTile {
+ public:
+  static constexpr int kPitch = kRowPitch<T, kWidth>;
+
+  __device__ __forceinline__ explicit QueryTile(const T* queries) {
+    const int lane = threadIdx.x % kWarp;
+#pragma unroll
+    for (int d = 0; d < kWidth / 16; ++d)
+      load_matrices<false>(queries + lane % 16 * kPitch + d * 16 + lane / 16 * 8, q_[d]);
+  }
+
+  // s = q k^T for 16 keys.
+  __device__ __forceinline__ void logits(const T* keys, float (&s)[2][4]) const {
+    const int lane = threadIdx.x % kWarp;
+    const T* row = keys + (lane % 8 + lane / 16 * 8) * kPitch + lane / 8 % 2 * 8;
+#pragma unroll
+    for (int e = 0; e < 4; ++e) s[0][e] = s[1][e] = 0;
+#pragma unroll
+    for (int d = 0; d < kWidth / 16; ++d) {
+      unsigned k[4];
+      load_matrices<false>(row + d * 16, k);
+      multiply_add<T>(s[0], q_[d], k[0], k[1]);
+      multiply_add<T>(s[1], q_[d], k[2], k[3]);
+    }
+  }
+
+  // out += p v for 16 keys.
+  __device__ __forceinline__ static void add_values(const float (&p)[2][4], const T* values,
+                                                    float (&out)[kWidth / 8][4]) {
+    const int lane = threadIdx.x % kWarp;
+    const T* row = values + lane % 16 * kPitch + lane / 16 * 8;
+    const unsigned a[4] = {round_pair<T>(p[0][0], p[0][1]), round_pair<T>(p[0][2], p[0][3]),
+                           round_pair<T>(p[1][0], p[1][1]), round_pair<T>(p[1][2], p[1][3])};
+#pragma unroll
+    for (int d = 0; d < kWidth / 16; ++d) {
+      unsigned v[4];
+      load_matrices<true>(row + d * 16, v);
+      multiply_add<T>(out[2 * d], a, v[0], v[1]);
+      multiply_add<T>(out[2 * d + 1], a, v[2], v[3]);
+    }
+  }
+
+ private:
+  unsigned q_[kWidth / 16][4];
+};
+
+// The same by FMA; a row is read four elements at a time by the lanes that need it.
+template <int kWidth>
+class QueryTile<float, kWidth> {
+ public:
+  static constexpr int kPitch = kRowPitch<float, kWidth>;
+
+  __device__ __forceinline__ explicit QueryTile(const float* queries)
+      : q_(queries + threadIdx.x % kWarp / 4 * kPitch) {}
+
+  __device__ __forceinline__ void logits(const float* keys, float (&s)[2][4]) const {
+    keys += threadIdx.x % 4 * 2 * kPitch;
+#pragma unroll
+    for (int e = 0; e < 4; ++e) s[0][e] = s[1][e] = 0;
+#pragma unroll 2
+    for (int d = 0; d < kWidth; d += 4) {
+      const Pack<float, 4> row[2] = {at(q_ + d), at(q_ + 8 * kPitch + d)};
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        const Pack<float, 4> key = at(keys + (c / 2 * 8 + c % 2) * kPitch + d);
+#pragma unroll
+        for (int r = 0; r < 2; ++r)
+#pragma unroll
+          for (int e = 0; e < 4; ++e) s[c / 2][2 * r + c % 2] = fmaf(row[r].e[e], key.e[e], s[c / 2][2 * r + c % 2]);
+      }
+    }
+  }
+
+  __device__ __forceinline__ static void add_values(const float (&p)[2][4], const float* values,
+                                                    float (&out)[kWidth / 8][4]) {
+    const int lane = threadIdx.x % kWarp;
+    values += lane % 4 * 2;
+#pragma unroll
+    for (int key = 0; key < kKeyTile; ++key) {
+      const int from = lane / 4 * 4 + key % 8 / 2;  // the lane with this key's column
+      const float low = __shfl_sync(kAllLanes, p[key / 8][key % 2], from);
+      const float high = __shfl_sync(kAllLanes, p[key / 8][2 + key % 2], from);
+#pragma unroll
+      for (int d = 0; d < kWidth / 8; ++d) {
+        const Pack<float, 2> v = *reinterpret_cast<const Pack<float, 2>*>(values + key * kPitch + 8 * d);
+#pragma unroll
+        for (int e = 0; e < 4; ++e) out[d][e] = fmaf(e < 2 ? low : high, v.e[e % 2], out[d][e]);
+      }
+    }
+  }
+
+ private:
+  const float* q_;
+
+  __device__ __forceinline__ static const Pack<float, 4>& at(const float* from) {
+    return *reinterpret_cast<const Pack<float, 4>*>(from);
+  }
+};
+
+// Column sums [keys] of a head: from two a lane for every 8 keys, over the lanes, then over the warps in order.
+// of_warp: shared, the warp's own; the next warp's is `stride` floats on.
+template <int kTiles>
+__device__ __forceinline__ void write_columns(float (&sum)[2 * kTiles][2], float* of_warp, int stride, int count,
+                                              float* to) {
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  __syncwarp();  // the query rows that lay here have been read
+#pragma unroll
+  for (int n = 0; n < 2 * kTiles; ++n)
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      float total = sum[n][e];
+#pragma unroll
+      for (int step = 4; step < kWarp; step *= 2) total += __shfl_xor_sync(kAllLanes, total, step);
+      if (lane < 4) of_warp[8 * n + 2 * lane + e] = total;
+    }
+  __syncthreads();
+  const float* first = of_warp - warp * stride;
+  for (int j = threadIdx.x; j < min(count, kKeyTile * kTiles); j += kAttentionThreads) {
+    float total = 0;
+#pragma unroll
+    for (int w = 0; w < kAttentionWarps; ++w) total += first[w * stride + j];
+    to[j] = total;
+  }
+}
+
+}  // namespace tokred

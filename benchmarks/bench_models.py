@@ -21,7 +21,7 @@ def _variants(name: str, B: int, device: str):
     batch = torch.randn(B, 3, 224, 224)
     if device == "cuda":
         model, batch = model.to(device, torch.bfloat16), batch.to(device, torch.bfloat16)
-    found = variants.build(model, "tome", 13)
+    found = variants.build(model, "tome", r=13)
     checked = variants.verify(found, "tome", batch, B)
     assert checked["passed"], f"the results disagree: {checked}"
     return found, batch

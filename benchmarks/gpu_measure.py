@@ -182,7 +182,7 @@ def _variants(B: int) -> tuple[dict[str, nn.Module], torch.Tensor]:
     torch.manual_seed(0)
     model = timm.create_model(MODEL).eval().to("cuda", torch.bfloat16)
     batch = torch.randn(B, 3, 224, 224, device="cuda", dtype=torch.bfloat16)
-    found = variants.build(model, "tome", R)
+    found = variants.build(model, "tome", r=R)
     checked = variants.verify(found, "tome", batch, B)
     if not checked["passed"]:
         raise AssertionError(f"the results disagree: {checked}")

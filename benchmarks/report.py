@@ -52,7 +52,7 @@ def model_figures(rounds: int) -> tuple[dict[str, dict[str, float]], list[dict]]
     """C7, C9 and C10's ops, and the rows of the model table."""
     torch.manual_seed(0)
     model = timm.create_model(MODEL).eval()
-    found = variants.build(model, "tome", R)
+    found = variants.build(model, "tome", r=R)
     _, photographs = images.load([], model)
     figures, table = {"C7": {}, "C9": {}}, []
     for B in BATCHES:

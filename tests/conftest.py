@@ -33,7 +33,7 @@ def poisoned(monkeypatch):
 
 def _backends() -> list:
     found = [pytest.param(("reference", ""), id="reference")]
-    for isa in ("avx512", "avx2", "portable"):
+    for isa in ("amx", "avx512", "avx2", "portable"):
         try:
             with tokred.use_backend("cpu", isa=isa):
                 marks = ()

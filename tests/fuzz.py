@@ -77,7 +77,7 @@ def run_merge(case: MergeCase, reduce: str) -> None:
 
 def available_isas() -> list[str]:
     found = []
-    for isa in ("avx512", "avx2", "portable"):
+    for isa in ("amx", "avx512", "avx2", "portable"):
         try:
             with tokred.use_backend("cpu", isa=isa):
                 found.append(isa)

@@ -94,7 +94,7 @@ class TestBaselines:
     def test_variants_do_without_a_plain_form_that_does_not_exist(self, images):
         torch.manual_seed(0)
         model = VisionTransformer(**SMALL, global_pool="map").eval()
-        found = variants.build(model, "tome", 9)
+        found = variants.build(model, "tome", r=9)
         assert found.keys() == {"dense", "tome", "oracle", "oracle_masked"}
         checked = variants.verify(found, "tome", images, 1)
         assert checked["passed"] and checked["cosine_with"].keys() == {"reference"}

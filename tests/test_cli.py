@@ -179,7 +179,7 @@ def test_bench_checks_before_it_times(bench_run):
 def test_bench_record_holds_what_the_table_shows(bench_run):
     record = bench_run[0]
     assert record.keys() == {
-        *("model", "method", "r", "weights", "images", "image_size", "batch_size", "device", "dtype", "machine"),
+        *("model", "method", "options", "weights", "images", "image_size", "batch_size", "device", "dtype", "machine"),
         *("tokens", "macs", "ideal_speedup", "agreement", "timing"),
     }
     assert record["tokens"] == [101, 88, 75, 62, 49, 36, 23]

@@ -4,7 +4,7 @@
     model = tokred.apply(timm.create_model("deit_small_patch16_224").eval(), "tome", r=13)
 
 Ops: attention, attention_scores, match, match_merge, merge, topk, topk_gather, unmerge, here and as torch.ops.tokred.*.
-Models: apply, remove, trace. Schedules and MACs: schedule. Backends: info, use_backend.
+Models: apply, remove, trace; load_metr, exit_logits. Schedules and MACs: schedule. Backends: info, use_backend.
 """
 
 import importlib
@@ -18,7 +18,9 @@ __all__ = [
     "apply",
     "attention",
     "attention_scores",
+    "exit_logits",
     "info",
+    "load_metr",
     "match",
     "match_merge",
     "merge",
@@ -32,7 +34,12 @@ __all__ = [
 ]
 
 # These need timm, which takes seconds to import: on first use.
-_LAZY = {"apply": "models.timm", "remove": "models.timm"}
+_LAZY = {
+    "apply": "models.timm",
+    "exit_logits": "models.metr",
+    "load_metr": "models.metr",
+    "remove": "models.timm",
+}
 
 
 def __getattr__(name: str):

@@ -95,7 +95,7 @@ class _Groups:
         self.at = group[patch]
         self.members = np.bincount(group[:P], minlength=len(rows))
         self.members[0] = 0
-        self.fused = np.isin(rows, list(fused)) & (rows >= 0)
+        self.fused = np.isin(rows, list(fused))
         pixels = np.bincount(self.at.ravel(), minlength=len(rows)).clip(1)
         channels = np.moveaxis(self.photograph, 2, 0)
         self.mean = np.stack([np.bincount(self.at.ravel(), c.ravel(), len(rows)) / pixels for c in channels], 1)
@@ -137,7 +137,7 @@ class Titled:
 def marks(source: np.ndarray, fused: Collection[int] = ()) -> set[str]:
     """Which of MARKS the panel of a source shows."""
     rows, members = np.unique(source, return_counts=True)
-    joined = np.isin(rows, list(fused)) & (rows >= 0)
+    joined = np.isin(rows, list(fused))
     alone = ~joined & (rows >= 0) & (members == 1)
     shown = zip(MARKS, (alone, ~joined & (rows >= 0) & (members > 1), joined, rows < 0), strict=True)
     return {mark for mark, groups in shown if groups.any()}

@@ -1,5 +1,5 @@
-// attention and attention_scores on the CPU: units of (image, head, chunk of queries) over the threads, so that one
-// image uses them all; then the scores are added up over heads and chunks, in that order.
+// attention, its scores and its gradient on the CPU: units of (image, head, chunk of queries) over the threads, so that
+// one image uses them all; then the scores are added up over heads and chunks, in that order.
 #include "../check_attention.h"
 #include "tensors.h"
 
@@ -22,14 +22,20 @@ static void add_partial(const T* partial, int64_t parts, int64_t N, T divisor, T
 
 static HeadsView view(const Heads& heads) { return {heads.t.const_data_ptr(), heads.s_b, heads.s_h, heads.s_n}; }
 
-// Returns the scores; out [B, H, Nq, D], stored [B, Nq, H, D], may be null.
-static Tensor run(const AttentionArgs& a, void* out) {
+static AttentionBatch batch_of(const AttentionArgs& a) {
   AttentionBatch batch{view(a.q), view(a.k), view(a.v)};
-  batch.size = element(a.size, 0), batch.out = out, batch.with_values = out != nullptr;
+  batch.size = element(a.size, 0);
   batch.B = a.B, batch.H = a.H, batch.Nq = a.Nq, batch.N = a.N, batch.D = a.D;
   batch.chunk_rows = chunk_rows(a);
   batch.chunks = std::max<int64_t>(1, (a.Nq + batch.chunk_rows - 1) / batch.chunk_rows);
   batch.scale = a.scale, batch.scores = static_cast<int>(a.scores), batch.dtype = dtype_of(a.q.t);
+  return batch;
+}
+
+// Returns the scores; out [B, H, Nq, D], stored [B, Nq, H, D], may be null.
+static Tensor run(const AttentionArgs& a, void* out) {
+  AttentionBatch batch = batch_of(a);
+  batch.out = out, batch.with_values = out != nullptr;
   const bool mean = a.scores == Scores::kMean, emits = a.scores != Scores::kNone;
   const int64_t parts = emits ? a.H * (mean ? batch.chunks : 1) : 0;
   Tensor scores = new_wide(a.q.t, {a.B, emits ? a.N : 0});
@@ -67,9 +73,34 @@ Tensor attention_scores_cpu(const Tensor& q, const Tensor& k, const OptionalTens
   return run(a, nullptr);
 }
 
+std::tuple<Tensor, Tensor, Tensor> attention_backward_cpu(const OptionalTensor& grad_out,
+                                                          const OptionalTensor& grad_scores, const Tensor& q,
+                                                          const Tensor& k, const Tensor& v, const Tensor& out,
+                                                          const OptionalTensor& size, std::optional<double> scale,
+                                                          std::string scores) {
+  const AttentionArgs a = attention_args("attention_backward", q, k, &v, size, scale, scores);
+  check_attention_grads(a, q, grad_out, grad_scores, out);
+  Tensor grad_q = new_like(q, {a.B, a.Nq, a.H, a.D});
+  Tensor grad_k = new_like(q, {a.B, a.N, a.H, a.D}), grad_v = new_like(q, {a.B, a.N, a.H, a.D});
+  AttentionGrads g{batch_of(a)};
+  std::optional<Heads> grads;
+  if (grad_out) grads = heads_of(*grad_out), g.grad_out = view(*grads);
+  const OptionalTensor emitted =
+      a.scores == Scores::kNone ? std::nullopt : per_token(grad_scores, wide(q.scalar_type()));
+  g.grad_scores = element(emitted, 0);
+  g.grad_q = grad_q.mutable_data_ptr(), g.grad_k = grad_k.mutable_data_ptr(), g.grad_v = grad_v.mutable_data_ptr();
+  const Isa& kernels = isa();
+  if (a.B > 0)
+    torch::stable::parallel_for(0, a.B * a.H, 1,
+                                [&](int64_t begin, int64_t end) { kernels.attention_grads(g, begin, end); });
+  return {torch::stable::transpose(grad_q, 1, 2), torch::stable::transpose(grad_k, 1, 2),
+          torch::stable::transpose(grad_v, 1, 2)};
+}
+
 }  // namespace tokred
 
 STABLE_TORCH_LIBRARY_IMPL(tokred, CPU, m) {
   m.impl("attention", TORCH_BOX(&tokred::attention_cpu));
+  m.impl("attention_backward", TORCH_BOX(&tokred::attention_backward_cpu));
   m.impl("attention_scores", TORCH_BOX(&tokred::attention_scores_cpu));
 }

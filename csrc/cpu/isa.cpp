@@ -20,6 +20,9 @@ extern const Isa kIsa;
 namespace avx512 {
 extern const Isa kIsa;
 }
+namespace amx {
+extern const Isa kIsa;
+}
 #endif
 
 namespace {
@@ -27,7 +30,7 @@ namespace {
 // Best first.
 const std::initializer_list<const Isa*> kAll = {
 #if defined(__x86_64__)
-    &avx512::kIsa, &avx2::kIsa,
+    &amx::kIsa, &avx512::kIsa, &avx2::kIsa,
 #endif
     &portable::kIsa};
 

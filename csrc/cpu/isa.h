@@ -73,12 +73,22 @@ struct TopkGatherImage {
   Dtype dtype;
 };
 
+// The gradients of a whole batch, in units of (image, head). grad_out and grad_scores may be null: 0.
+struct AttentionGrads {
+  AttentionBatch forward;
+  HeadsView grad_out;       // [B, H, Nq, D]
+  const void* grad_scores;  // [B, N] wide
+  void* grad_q;             // [B, Nq, H, D]
+  void *grad_k, *grad_v;    // [B, N, H, D]
+};
+
 struct Isa {
   const char* name;
   bool (*supported)();
   void (*match)(const MatchImage&);
   void (*merge)(const MergeImage&);
-  void (*attention)(const AttentionBatch&, int64_t begin, int64_t end);  // units
+  void (*attention)(const AttentionBatch&, int64_t begin, int64_t end);        // units
+  void (*attention_grads)(const AttentionGrads&, int64_t begin, int64_t end);  // units
   void (*topk)(const TopkImage&);
   void (*topk_gather)(const TopkGatherImage&);
 };

@@ -16,11 +16,16 @@ constexpr int kVectorBytes = 32;
 #include "topk_image.h"
 //
 #include "attention_image.h"
+//
+#include "attention_vector.h"
+//
+#include "attention_backward_image.h"
 
 static bool supported() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 }
-extern const Isa kIsa = {"avx2", supported, match_image, merge_image, attention_units, topk_image, topk_gather_image};
+extern const Isa kIsa = {"avx2",          supported,       match_image, merge_image,
+                         attention_units, attention_grads, topk_image,  topk_gather_image};
 
 }  // namespace tokred::avx2
 #endif

@@ -18,12 +18,17 @@ constexpr int kVectorBytes = 64;
 #include "topk_image.h"
 //
 #include "attention_image.h"
+//
+#include "attention_vector.h"
+//
+#include "attention_backward_image.h"
 
 static bool supported() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
-extern const Isa kIsa = {"avx512", supported, match_image, merge_image, attention_units, topk_image, topk_gather_image};
+extern const Isa kIsa = {"avx512",        supported,       match_image, merge_image,
+                         attention_units, attention_grads, topk_image,  topk_gather_image};
 
 }  // namespace tokred::avx512
 #endif

@@ -12,9 +12,13 @@ constexpr int kVectorBytes = 16;
 #include "topk_image.h"
 //
 #include "attention_image.h"
+//
+#include "attention_vector.h"
+//
+#include "attention_backward_image.h"
 
 static bool supported() { return true; }
-extern const Isa kIsa = {"portable",      supported,  match_image,      merge_image,
-                         attention_units, topk_image, topk_gather_image};
+extern const Isa kIsa = {"portable",      supported,       match_image, merge_image,
+                         attention_units, attention_grads, topk_image,  topk_gather_image};
 
 }  // namespace tokred::portable

@@ -60,9 +60,15 @@ inline Vec<double> load(const double* p) {
   return v;
 }
 inline Vec<float> load(const bfloat16_t* p) {
+#if defined(TOKRED_AVX512)
+  return (Vec<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+#elif defined(TOKRED_AVX2)
+  return (Vec<float>)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
+#else
   u16x half;
   __builtin_memcpy(&half, p, sizeof half);
   return (Vec<float>)(__builtin_convertvector(half, u32x) << 16);
+#endif
 }
 inline Vec<float> load(const half_t* p) {
   Vec<float> v;
@@ -156,26 +162,48 @@ inline auto min_lanes(Index<T> v) {
   return fold_lanes<typename Vector<T>::integer>(v, [](auto a, auto b) { return a < b ? a : b; });
 }
 
-// to [lanes][lanes] = from [lanes][lanes] transposed; a row of each is `from_row` and `to_row` apart. Stage s exchanges
-// the off-diagonal s x s blocks of every 2s x 2s block.
+// 16 bytes from each of p, p + step, ...
+template <class T>
+inline Vec<T> load_quarters(const T* p, int64_t step) {
+#if defined(TOKRED_AVX512)
+  auto at = [=](int l) { return _mm_loadu_ps((const float*)(p + l * step)); };
+  __m512 v = _mm512_castps128_ps512(at(0));
+  v = _mm512_insertf32x4(v, at(1), 1);
+  v = _mm512_insertf32x4(v, at(2), 2);
+  return (Vec<T>)_mm512_insertf32x4(v, at(3), 3);
+#else
+  T lanes[kLanes<T>];
+  for (int l = 0; l < kVectorBytes / 16; ++l) __builtin_memcpy(lanes + l * 16 / sizeof(T), p + l * step, 16);
+  return load(lanes);
+#endif
+}
+
+// to [lanes][lanes] = from [lanes][lanes] transposed; a row of each is `from_row` and `to_row` apart. Columns c .. c +
+// q of all rows, q elements being 16 bytes, are loaded so that row r + q l comes to quarter l of vector r; then stage s
+// exchanges the off-diagonal s x s blocks of every 2s x 2s block without leaving a quarter.
 template <class T>
 inline void transpose(const T* from, int64_t from_row, T* to, int64_t to_row) {
-  constexpr int W = kLanes<T>;
-  Vec<T> row[W];
-  for (int i = 0; i < W; ++i) row[i] = load(from + i * from_row);
+  constexpr int W = kLanes<T>, q = 16 / sizeof(T);
 #pragma GCC unroll 4
-  for (int s = 1; s < W; s *= 2) {
-    Index<T> low, high;
-    for (int l = 0; l < W; ++l) low[l] = l & s ? W + l - s : l, high[l] = l & s ? W + l : l + s;
-#pragma GCC unroll 16
-    for (int i = 0; i < W; ++i)
-      if (!(i & s)) {
-        const Vec<T> a = row[i], b = row[i + s];
-        row[i] = shuffle<T>(a, b, low);
-        row[i + s] = shuffle<T>(a, b, high);
-      }
+  for (int c = 0; c < W; c += q) {
+    Vec<T> row[q];
+#pragma GCC unroll 4
+    for (int r = 0; r < q; ++r) row[r] = load_quarters(from + r * from_row + c, q * from_row);
+#pragma GCC unroll 2
+    for (int s = 1; s < q; s *= 2) {
+      Index<T> low, high;
+      for (int l = 0; l < W; ++l) low[l] = l & s ? W + l - s : l, high[l] = l & s ? W + l : l + s;
+#pragma GCC unroll 4
+      for (int i = 0; i < q; ++i)
+        if (!(i & s)) {
+          const Vec<T> a = row[i], b = row[i + s];
+          row[i] = shuffle<T>(a, b, low);
+          row[i + s] = shuffle<T>(a, b, high);
+        }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < q; ++r) store(to + (c + r) * to_row, row[r]);
   }
-  for (int i = 0; i < W; ++i) store(to + i * to_row, row[i]);
 }
 
 constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }

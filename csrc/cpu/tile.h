@@ -30,6 +30,8 @@ inline Vec<float> maximum(Vec<float> a, Vec<float> b) {
 }
 inline Vec<double> maximum(Vec<double> a, Vec<double> b) { return a > b ? a : b; }
 
+constexpr double kLog2E = 1.4426950408889634;
+
 // The minimax polynomial of degree 6 for 2^f, |f| <= 1/2: relative error 2e-9, 8e-8 after the rounding of float.
 constexpr float kExp2[] = {1.0f, 0.69314718f, 0.24022646f, 0.055503286f, 0.0096184816f, 0.0013399953f, 0.0001534741f};
 

@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
 def _measure(args: argparse.Namespace, device: str, dtype: torch.dtype, progress: table.Stages) -> dict:
     """Builds, verifies and times; the record is what --json saves."""
     progress.stage("building the models")
-    r = method_options.chosen(args)["r"]
+    options = method_options.chosen(args)
     model = network.create(args)
     names, pixels = images.load(args.image, model)
     model, pixels = model.to(device, dtype), pixels.to(device, dtype)
@@ -70,7 +70,7 @@ def _measure(args: argparse.Namespace, device: str, dtype: torch.dtype, progress
     from . import variants  # not above: it imports timm
 
     try:
-        found = variants.build(model, args.method, r)
+        found = variants.build(model, args.method, **options)
         tokens = schedule.tokens(found[args.method])
         macs = {"dense": schedule.macs(model), "reduced": schedule.macs(found[args.method])}
     except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
@@ -81,7 +81,7 @@ def _measure(args: argparse.Namespace, device: str, dtype: torch.dtype, progress
     record = {
         "model": args.model,
         "method": args.method,
-        "r": r,
+        "options": options,
         "weights": network.weights(args),
         "images": names,
         "image_size": list(pixels.shape[2:]),

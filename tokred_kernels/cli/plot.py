@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from . import method_options
 from .table import label
 
 
@@ -28,7 +29,7 @@ def save(record: dict, path: Path) -> None:
     tokens.set(xlabel="blocks done", ylabel="tokens", ylim=(0, None))
 
     figure.suptitle(
-        f"{record['model']}, {method} r={record['r']}, {record['dtype']}, {record['device']}, "
+        f"{record['model']}, {method} {method_options.text(record['options'])}, {record['dtype']}, {record['device']}, "
         f"{record['batch_size']} images a call, {record['weights']} weights"
     )
     figure.savefig(path, dpi=120)

@@ -4,6 +4,8 @@ import contextlib
 import sys
 from collections.abc import Iterator
 
+from . import method_options
+
 LABELS = {
     "dense": "dense",
     "oracle": "oracle",
@@ -58,8 +60,8 @@ def show(record: dict) -> None:
     statistic = "median" if record["device"].startswith("cuda") else "fastest"
     console.print(
         f"The {statistic} of {record['timing']['dense']['rounds']} interleaved rounds. Oracle: the same model, its "
-        "tokens sliced,\nreduction for free. RE: time of the oracle, without mask (sdpa) or with the attention\n"
-        "call of the method (self), over time of the variant. Top-1, cosine: against dense."
+        "tokens sliced,\nreduction for free. RE: time of the oracle, without mask (sdpa) or with a key mask (self),\n"
+        "over time of the variant. Top-1, cosine: against dense."
     )
 
 
@@ -69,13 +71,16 @@ def _heading(record: dict) -> Iterator[str]:
     where = f"{cpu['name']} ({cpu['isa']}), {cpu['threads']} thread{'s' * (cpu['threads'] != 1)}"
     if record["device"].startswith("cuda"):
         where = record["machine"]["gpus"][int(record["device"].removeprefix("cuda:"))]["name"]
-    yield f"[bold]{record['model']}[/], {record['method']} r={record['r']}, {record['weights']} weights"
+    options = method_options.text(record["options"])
+    yield f"[bold]{record['model']}[/], {record['method']} {options}, {record['weights']} weights"
     yield f"{len(record['images'])} images of {size}, {record['batch_size']} a call, {record['dtype']}, on {where}"
     yield f"tokens {tokens[0]} -> {tokens[-1]}, GMACs an image {macs['dense'] / 1e9:.2f} -> {macs['reduced'] / 1e9:.2f}"
     yield (
         f"{check['steps']} reduction steps against the reference: {check['wrong']} of {check['tokens']} tokens wrong, "
         f"{check['near_ties']} near-ties, error {check['step_error']:.1e}"
     )
+    if check["attention_error"]:
+        yield f"attention: {check['attention_error']:.2f} of the error allowed, 2x torch's own and one rounding"
     yield "cosine of the logits: " + ", ".join(
         f"{value:.6f} with the {name} form" for name, value in check["cosine_with"].items()
     )

@@ -21,24 +21,27 @@ from .timing import Timing, graphed, interleave
 LEAST_COSINE = {torch.float32: 0.99, torch.float16: 0.95, torch.bfloat16: 0.9}
 
 
-def build(model: nn.Module, method: str, r: schedule.Removal) -> dict[str, nn.Module]:
+def build(model: nn.Module, method: str, **options) -> dict[str, nn.Module]:
     """The variants by name, over the weights of `model`.
 
     Args:
         model: a timm VisionTransformer in eval mode, which becomes the variant "dense".
-        method, r: as `tokred_kernels.apply` takes them; it raises what it refuses.
+        method, options: as `tokred_kernels.apply` takes them; it raises what it refuses.
     """
-    reduced = apply(shared_copy(model), method, r=r)
-    removed = [before - after for before, after in schedule.tokens(reduced)]
-    variants = {
-        "dense": model,
-        method: reduced,
-        "oracle": oracle_model(model, removed),
-        "oracle_masked": oracle_model(model, removed, masked=True),
-    }
+    reduced = apply(shared_copy(model), method, **options)
+    chosen = reduced.tokred_method
+    counts = schedule.tokens(reduced)
+    fewer = [before - after for before, after in counts]
+    variants = {"dense": model, method: reduced, "oracle": oracle_model(model, fewer)}
+    if chosen.sized:
+        variants["oracle_masked"] = oracle_model(model, fewer, masked=True)
+    removed = chosen.schedule(len(counts), counts[0][0] - model.num_prefix_tokens)[: len(counts)]
+    selection = {} if chosen.sized else {"scores": chosen.scores, "fuse": chosen.fusion}
     with contextlib.suppress(ValueError):  # a method or head without a plain form: the table does without
         for attention in ("sdpa", "explicit"):
-            variants[f"plain_{attention}"] = plain_model(model, removed, method=method, attention=attention)
+            variants[f"plain_{attention}"] = plain_model(
+                model, removed, method=method, attention=attention, **selection
+            )
     return variants
 
 
@@ -63,6 +66,7 @@ def verify(variants: dict[str, nn.Module], method: str, pixels: Tensor, batch_si
         "near_ties": check.near_ties,
         "wrong": check.wrong,
         "step_error": check.error,
+        "attention_error": check.attention,
         "cosine_with": cosines,
         "dense": {
             "images": len(pixels),
@@ -98,7 +102,7 @@ def rows(timings: dict[str, Timing], method: str, device: str, batch_size: int) 
 
     def efficiency(oracle: str, name: str) -> float | None:
         reduces = name == method or name.startswith("plain")
-        return typical[oracle] / typical[name] if reduces else None
+        return typical[oracle] / typical[name] if reduces and oracle in typical else None
 
     return {
         name: {

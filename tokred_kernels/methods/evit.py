@@ -36,5 +36,6 @@ class EViT(TopK):
             if not isinstance(getattr(self, option), bool):
                 self._refuse(f"{option} must be True or False", getattr(self, option))
 
-    def _fuse(self) -> str:
+    @property
+    def fusion(self) -> str:
         return ("mean" if self.normalize else "sum") if self.fuse else "none"

@@ -63,8 +63,13 @@ class TopK:
         object.__setattr__(self, "_plan", (stages, share, tokens))
 
     @property
+    def fusion(self) -> str:
+        """`fuse` of topk_gather."""
+        return "none"
+
+    @property
     def fuses(self) -> bool:
-        return self._fuse() != "none"
+        return self.fusion != "none"
 
     def check(self, model: nn.Module) -> None:
         stages, _, tokens = self._plan
@@ -96,12 +101,8 @@ class TopK:
             branch, _, scores = block.attend(x, scores=self.scores)
             x = x + branch
             prefix = block.tokred_prefix
-            x, assign = torch.ops.tokred.topk_gather(x, scores, x.shape[1] - prefix - r, prefix, fuse=self._fuse())
+            x, assign = torch.ops.tokred.topk_gather(x, scores, x.shape[1] - prefix - r, prefix, fuse=self.fusion)
         return x + block.feed_forward(x), size, assign
-
-    def _fuse(self) -> str:
-        """As topk_gather takes it."""
-        return "none"
 
     def _name(self) -> str:
         return type(self).__name__.lower()

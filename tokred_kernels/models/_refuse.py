@@ -43,6 +43,12 @@ def check_model(model: nn.Module) -> None:
             raise ValueError("apply: attn_pool has position embeddings, bound to the grid")
 
 
+def check_uncompiled(caller: str, model: nn.Module) -> None:
+    """Raises ValueError if hooks on the model's modules would not run."""
+    if any(_wrapped(module) == "compiled" for module in model.modules()):
+        raise ValueError(f"{caller}: the model is compiled; use the uncompiled model")
+
+
 def _wrapped(module: nn.Module) -> str | None:
     if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
         return "compiled"

@@ -8,7 +8,7 @@ side without several sets of weights in memory or in the caches.
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -29,33 +29,42 @@ def oracle_model(model: nn.Module, removed: Sequence[int], *, masked: bool = Fal
 
     Args:
         model: a timm VisionTransformer; left unchanged, its weights shared.
-        removed: tokens to remove in each block, clamped to half of the patches as the ops do.
+        removed: by how many tokens each block leaves fewer, at most all patches.
         masked: attention takes a key mask [B, 1, 1, N] of zeros after the first reduction, the attention call of a
             merging method. False: no mask, so that torch picks its best kernel.
     """
     return _Oracle(shared_copy(model), removed, masked)
 
 
-def plain_model(model: nn.Module, removed: Sequence[int], *, method: str = "tome", attention: str = "explicit"):
+def plain_model(
+    model: nn.Module,
+    removed: Sequence[int],
+    *,
+    method: str = "tome",
+    attention: str = "explicit",
+    scores: str = "cls",
+    fuse: str = "none",
+) -> nn.Module:
     """The model with a reduction method in plain PyTorch: no kernel of ours, float32 matching.
 
     Args:
         model: a timm VisionTransformer with a token or an average-pool head; left unchanged, its weights shared.
-        removed: tokens to remove in each block, clamped to half of the patches as the ops do.
-        method: a key of STEPS.
+        removed: patches that each block removes; of ToMe at most half of them, as the ops do.
+        method: a key of PLAIN.
         attention: "explicit" (softmax(q k^T * scale + log size) v, as the published code of these methods does) or
-            "sdpa" (scaled_dot_product_attention with log size as a broadcast key mask).
+            "sdpa" (scaled_dot_product_attention with log size as a broadcast key mask, scores computed beside it).
+        scores, fuse: of the methods that select, see `tokred_kernels.topk_gather` and `tokred_kernels.attention`.
 
     Raises:
         ValueError: an unknown method or attention, or a head that has no plain form here.
     """
-    if method not in STEPS:
-        raise ValueError(f"plain_model: method must be one of {', '.join(STEPS)}, got {method!r}")
+    if method not in PLAIN:
+        raise ValueError(f"plain_model: method must be one of {', '.join(PLAIN)}, got {method!r}")
     if attention not in ATTENTION:
         raise ValueError(f"plain_model: attention must be one of {', '.join(ATTENTION)}, got {attention!r}")
     if model.global_pool not in ("token", "avg", ""):
         raise ValueError(f"plain_model: no plain form for the {model.global_pool!r} head")
-    return _Plain(shared_copy(model), removed, STEPS[method], attention)
+    return PLAIN[method](shared_copy(model), removed, attention, scores, fuse)
 
 
 def eager_match(keys: Tensor, r: int, prefix: int = 1) -> tuple[Tensor, Tensor, Tensor]:
@@ -118,7 +127,23 @@ def eager_tome_step(
     return eager_merge(x, size, eager_match(keys, r, prefix), prefix)
 
 
-STEPS: dict[str, Callable] = {"tome": eager_tome_step}
+def eager_select(x: Tensor, scores: Tensor, r: int, prefix: int = 1, fuse: str = "none") -> Tensor:
+    """One step of EViT or Top-K in plain PyTorch, patches by falling score as published: argsort, gather, sum, cat.
+
+    Args:
+        x: [B, N, C]; scores: [B, N].
+        r: patches to drop or fuse.
+    """
+    patches, scores = x[:, prefix:], scores[:, prefix:]
+    k = patches.shape[1] - r
+    order = scores.argsort(dim=1, descending=True)
+    patches = patches.gather(1, order[..., None].expand_as(patches))
+    rows = [x[:, :prefix], patches[:, :k]]
+    if fuse != "none":
+        weight = scores.gather(1, order[:, k:])[..., None]
+        fused = (patches[:, k:] * weight).sum(1, keepdim=True)
+        rows.append((fused / weight.sum(1, keepdim=True) if fuse == "mean" else fused).to(x.dtype))
+    return torch.cat(rows, 1)
 
 
 def _parity(x: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
@@ -142,9 +167,6 @@ class _Baseline(nn.Module):
         x, size = self.blocks(x)
         return self.head(model.norm(x), size)
 
-    def clamped(self, r: int, tokens: int) -> int:
-        return max(0, min(r, (tokens - self.model.num_prefix_tokens) // 2))
-
     def head(self, x: Tensor, size: Tensor | None) -> Tensor:
         return self.model.forward_head(x)
 
@@ -157,7 +179,7 @@ class _Oracle(_Baseline):
     def blocks(self, x: Tensor) -> tuple[Tensor, None]:
         size = None
         for block, r in zip(self.model.blocks, self.removed, strict=True):
-            m = x.shape[1] - self.clamped(r, x.shape[1])
+            m = x.shape[1] - max(0, min(r, x.shape[1] - self.model.num_prefix_tokens))
             mask = None if size is None else key_mask(size[:, : x.shape[1]], x.dtype)
             attended = block.drop_path1(block.ls1(block.attn(block.norm1(x), attn_mask=mask)))
             if self.masked and size is None and m < x.shape[1]:
@@ -169,36 +191,49 @@ class _Oracle(_Baseline):
 
 
 class _Plain(_Baseline):
-    def __init__(self, model: nn.Module, removed: Sequence[int], step: Callable, attention: str):
+    """A method in plain PyTorch; subclasses reduce the tokens between attention and MLP."""
+
+    scored = False
+
+    def __init__(self, model: nn.Module, removed: Sequence[int], attention: str, scores: str, fuse: str):
         super().__init__(model, removed)
-        self.step = step
         self.attention = attention
+        self.scores = scores
+        self.fuse = fuse
 
     def blocks(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        prefix = self.model.num_prefix_tokens
         size = None
         for block, r in zip(self.model.blocks, self.removed, strict=True):
-            attended, keys = self.attend(block.attn, block.norm1(x), size)
+            attended, keys, scores = self.attend(block.attn, block.norm1(x), size, self.scored and r > 0)
             x = x + block.drop_path1(block.ls1(attended))
-            r = self.clamped(r, x.shape[1])
-            if r > 0:
-                x, size = self.step(x, keys, r, prefix, size)
+            x, size = self.reduce(x, size, r, keys, scores)
             x = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
         return x, size
 
-    def attend(self, attn: nn.Module, x: Tensor, size: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The output of timm's Attention with log size on its keys, and the keys [B, H, N, D]."""
+    def reduce(
+        self, x: Tensor, size: Tensor | None, r: int, keys: Tensor, scores: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        raise NotImplementedError
+
+    def attend(
+        self, attn: nn.Module, x: Tensor, size: Tensor | None, scored: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The output of timm's Attention with log size on its keys, the keys [B, H, N, D], the scores [B, N]."""
         B, N, _ = x.shape
         q, k, v = attn.qkv(x).reshape(B, N, 3, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
         q, k = attn.q_norm(q), attn.k_norm(k)
         bias = None if size is None else size.log()[:, None, None, :].to(q.dtype)
         if self.attention == "sdpa":
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+            scored_rows = q[:, :, :1] if self.scores == "cls" else q
+            p = ((scored_rows * attn.scale) @ k.transpose(-2, -1)).softmax(-1) if scored else None
         else:
             logits = (q * attn.scale) @ k.transpose(-2, -1)
-            out = (logits if bias is None else logits + bias).softmax(-1) @ v
+            p = (logits if bias is None else logits + bias).softmax(-1)
+            out = p @ v
         out = out.transpose(1, 2).reshape(B, N, attn.attn_dim)
-        return attn.proj_drop(attn.proj(attn.norm(out))), k
+        scores = (p[:, :, 0].mean(1) if self.scores == "cls" else p.mean((1, 2))) if scored else None
+        return attn.proj_drop(attn.proj(attn.norm(out))), k, scores
 
     def head(self, x: Tensor, size: Tensor | None) -> Tensor:
         model = self.model
@@ -208,3 +243,25 @@ class _Plain(_Baseline):
         weight = size[:, first:, None]
         pooled = ((x[:, first:] * weight).sum(1) / weight.sum(1)).to(x.dtype)
         return model.head(model.head_drop(model.fc_norm(pooled)))
+
+
+class _PlainToMe(_Plain):
+    def reduce(self, x, size, r, keys, scores):
+        prefix = self.model.num_prefix_tokens
+        r = max(0, min(r, (x.shape[1] - prefix) // 2))
+        return eager_tome_step(x, keys, r, prefix, size) if r > 0 else (x, size)
+
+
+class _PlainSelection(_Plain):
+    scored = True
+
+    def reduce(self, x, size, r, keys, scores):
+        return (eager_select(x, scores, r, self.model.num_prefix_tokens, self.fuse) if r > 0 else x), None
+
+
+PLAIN: dict[str, type[_Plain]] = {
+    "tome": _PlainToMe,
+    "topk": _PlainSelection,
+    "evit": _PlainSelection,
+    "metr": _PlainSelection,
+}

@@ -17,6 +17,7 @@ from ..trace import compose
 from ._attention import attend
 from ._refuse import check_model
 from ._size import key_mask, weighted_mean
+from .metr import remove_exits
 
 
 def apply(model: nn.Module, method: str, **options) -> nn.Module:
@@ -62,21 +63,21 @@ def apply(model: nn.Module, method: str, **options) -> nn.Module:
 
 
 def remove(model: nn.Module) -> nn.Module:
-    """Undoes `apply`, in place; an unpatched model is left as it is.
+    """Undoes `apply`, in place, and takes away the exits of `load_metr`; any other model is left as it is.
 
     Raises:
         ValueError: the patched model was wrapped or compiled since. Nothing was changed.
     """
-    if not any(isinstance(m, _Reduced | ReducedBlock) for m in model.modules()):
-        return model
-    dense = {reduced: dense for dense, reduced in _REDUCED.items()}
-    if type(model) not in dense or any(type(block) is not ReducedBlock for block in model.blocks):
-        raise ValueError(f"remove: {type(model).__name__} holds a patched model; unwrap and uncompile it first")
-    for block in model.blocks:
-        del block.tokred_method, block.tokred_prefix
-        block.__class__ = Block
-    del model.tokred_method, model.tokred_depth
-    model.__class__ = dense[type(model)]
+    if any(isinstance(m, _Reduced | ReducedBlock) for m in model.modules()):
+        dense = {reduced: dense for dense, reduced in _REDUCED.items()}
+        if type(model) not in dense or any(type(block) is not ReducedBlock for block in model.blocks):
+            raise ValueError(f"remove: {type(model).__name__} holds a patched model; unwrap and uncompile it first")
+        for block in model.blocks:
+            del block.tokred_method, block.tokred_prefix
+            block.__class__ = Block
+        del model.tokred_method, model.tokred_depth
+        model.__class__ = dense[type(model)]
+    remove_exits(model)
     return model
 
 

@@ -1,0 +1,117 @@
+// The two products of attention on the vector units: register tiles of broadcast keys times queries in lanes, and of
+// broadcast masses times values in lanes. Any element type; sums in k order of the wide type.
+
+#if defined(TOKRED_AVX512)
+constexpr int kKeyRows = 12, kOutRows = 8;  // times 2 vectors: 24 and 16 sums of 32 registers
+#elif defined(TOKRED_AVX2)
+constexpr int kKeyRows = 6, kOutRows = 4;  // of 16 registers
+#else
+constexpr int kKeyRows = 4, kOutRows = 4;
+#endif
+
+template <class E>
+class VectorProducts {
+  using T = Wide<E>;
+  static constexpr int W = kLanes<T>, kTile = kQueryTile<T>;
+
+ public:
+  static int64_t padded_rows(int64_t keys) { return round_up(keys, kKeyRows); }
+  static int64_t bytes(const AttentionBatch& a, int64_t keys) {
+    const int64_t Dp = round_up(a.D, W);
+    return Scratch::bytes<T>(padded_rows(keys) * Dp) + Scratch::bytes<T>(keys * Dp) + Scratch::bytes<T>(Dp * kTile) * 2;
+  }
+  VectorProducts(const AttentionBatch& a, int64_t keys, Scratch& scratch)
+      : D_(a.D),
+        Dp_(round_up(a.D, W)),
+        keys_n_(keys),
+        keys_(scratch.template take<T>(padded_rows(keys) * Dp_)),
+        values_(scratch.template take<T>(keys * Dp_)),
+        queries_(scratch.template take<T>(Dp_ * kTile)),
+        rows_(scratch.template take<T>(Dp_ * kTile)) {}
+
+  void add_key(int64_t n, const E* k) { widen_row(k, D_, Dp_, keys_ + n * Dp_); }
+  // In panels of kTile columns, [keys][kTile]; the last may be narrower.
+  void add_value(int64_t n, const E* v) {
+    for (int64_t d = 0; d < Dp_; d += kTile) {
+      const int64_t width = Dp_ - d < kTile ? Dp_ - d : kTile, D = D_ - d;
+      widen_row(v + d, D < width ? D : width, width, values_ + d * keys_n_ + n * width);
+    }
+  }
+  bool finish(int64_t n) {
+    memset(keys_ + n * Dp_, 0, (padded_rows(n) - n) * Dp_ * sizeof(T));
+    return true;
+  }
+
+  // queries_ [Dp][kTile]; those beyond `count` are 0 up to a whole vector.
+  bool set_queries(const E* q, int64_t s_n, int64_t count) {
+    for (int64_t t = 0; t < round_up(count, W); ++t)
+      if (t < count)
+        widen_row(q + t * s_n, D_, Dp_, rows_ + t * Dp_);
+      else
+        memset(rows_ + t * Dp_, 0, Dp_ * sizeof(T));
+    for (int64_t d = 0; d < Dp_; d += W)
+      for (int64_t t = 0; t < count; t += W) transpose<T>(rows_ + t * Dp_ + d, Dp_, queries_ + d * kTile + t, kTile);
+    return true;
+  }
+
+  // logits [n, padded][kTile] = k q^T; m becomes the largest factor * logit of each query, and m.
+  template <int kVectors>
+  void logits(int64_t n, Vec<T> factor, T* logits, Vec<T> (&m)[kVectors]) const {
+    int64_t j = 0;
+    for (; j + kKeyRows <= n; j += kKeyRows) logit_rows<kVectors>(j, kKeyRows, factor, logits, m);
+    if (j < n) logit_rows<kVectors>(j, n - j, factor, logits, m);
+  }
+
+  // sink(t, d, v): elements d .. d + W of the row of query t < count of mass^T v.
+  template <class Sink>
+  void values(int64_t n, const T* mass, int64_t count, const Sink& sink) const {
+    for (int64_t d = 0; d < Dp_; d += kTile)
+      for (int64_t t = 0; t < count; t += kOutRows)
+        if (Dp_ - d >= kTile)
+          value_rows<2>(n, mass, d, t, count, sink);
+        else
+          value_rows<1>(n, mass, d, t, count, sink);
+  }
+
+ private:
+  template <int kVectors>
+  __attribute__((always_inline)) inline void logit_rows(int64_t j, int64_t rows, Vec<T> factor, T* logits,
+                                                        Vec<T> (&m)[kVectors]) const {
+    Vec<T> s[kKeyRows][kVectors] = {};
+    multiply(s, D_, keys_ + j * Dp_, Dp_, 1, queries_, kTile);
+#pragma GCC unroll 16
+    for (int t = 0; t < kKeyRows; ++t)
+      for (int u = 0; u < kVectors; ++u) {
+        store(logits + (j + t) * kTile + u * W, s[t][u]);
+        if (t < rows) m[u] = maximum(s[t][u] * factor, m[u]);
+      }
+  }
+  template <int kVectors, class Sink>
+  __attribute__((always_inline)) inline void value_rows(int64_t n, const T* mass, int64_t d, int64_t t, int64_t count,
+                                                        const Sink& sink) const {
+    Vec<T> acc[kOutRows][kVectors] = {};
+    multiply(acc, n, mass + t, 1, kTile, values_ + d * keys_n_, kVectors * W);
+#pragma GCC unroll 16
+    for (int w = 0; w < kOutRows; ++w)
+      if (t + w < count)
+        for (int u = 0; u < kVectors; ++u) sink(t + w, d + u * W, acc[w][u]);
+  }
+
+  const int64_t D_, Dp_, keys_n_;
+  T *keys_, *values_, *queries_, *rows_;
+};
+
+template <class E>
+void attention_units_of(const AttentionBatch& a, int64_t begin, int64_t end) {
+  AttentionHead<E, VectorProducts<E>> head(a);
+  for (int64_t unit = begin; unit < end; ++unit) head.run(unit);
+}
+
+void attention_units(const AttentionBatch& a, int64_t begin, int64_t end) {
+  switch (a.dtype) {
+    case Dtype::kFloat: return attention_units_of<float>(a, begin, end);
+    case Dtype::kHalf: return attention_units_of<half_t>(a, begin, end);
+    case Dtype::kBFloat16: return attention_units_of<bfloat16_t>(a, begin, end);
+    case Dtype::kDouble: return attention_units_of<double>(a, begin, end);
+  }
+}

@@ -5,10 +5,12 @@
 
 namespace tokred {
 
-// Chunks of at least 64 queries, and few enough that their column sums [B, H, chunks, N] stay within 16 rows a head.
+// Chunks of whole query tiles of every instruction set, and at most one a 64 keys up to 1,024, so that the column sums
+// [B, H, chunks, N] stay small.
+constexpr int64_t kChunk = 96;
 static int64_t chunk_rows(const AttentionArgs& a) {
   const int64_t most = std::max<int64_t>(1, (std::min<int64_t>(a.N, 1024) + 63) / 64);
-  return std::max<int64_t>(1, (a.Nq + 64 * most - 1) / (64 * most)) * 64;
+  return std::max<int64_t>(1, (a.Nq + kChunk * most - 1) / (kChunk * most)) * kChunk;
 }
 
 // scores_j = sum over `parts` rows of partial / divisor

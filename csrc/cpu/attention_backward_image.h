@@ -92,10 +92,10 @@ class AttentionGradHead {
 
   // to [n, padded][Dp] += lanes [n][kTile] times rows [kTile][Dp].
   void add_product(const T* lanes, const T* rows, T* to) {
-    for (int64_t d = 0; d < Dp_; d += kTile)
+    for (int64_t d = 0; d < Dp_; d += kOutTile<T>)
       for (int64_t j = 0; j < n_; j += kKeyRows)
-        if (Dp_ - d >= kTile)
-          add_product_rows<kQueryVectors>(lanes, rows, to, d, j);
+        if (Dp_ - d >= kOutTile<T>)
+          add_product_rows<kOutVectors>(lanes, rows, to, d, j);
         else
           add_product_rows<1>(lanes, rows, to, d, j);
   }
@@ -168,10 +168,10 @@ class AttentionGradHead {
 
   // dq of queries i ..
   void query_grads(int64_t i, int64_t count) {
-    for (int64_t d = 0; d < Dp_; d += kTile)
+    for (int64_t d = 0; d < Dp_; d += kOutTile<T>)
       for (int64_t t = 0; t < count; t += kOutRows)
-        if (Dp_ - d >= kTile)
-          query_rows<kQueryVectors>(i, d, t, count);
+        if (Dp_ - d >= kOutTile<T>)
+          query_rows<kOutVectors>(i, d, t, count);
         else
           query_rows<1>(i, d, t, count);
   }

@@ -17,10 +17,6 @@
 // Floor at N = 197, H = 6, D = 64, float32: 59.6 MFLOP, 242 us of one core at 246 GFLOP/s, 262 with the last tiles
 // padded; 233,000 exponentials, 35 us; 605 KB of q, k, v, out.
 
-constexpr int kQueryVectors = 2;
-template <class T>
-constexpr int kQueryTile = kQueryVectors * kLanes<T>;
-
 // Rows of E [D] to the wide type, padded with 0 to Dp.
 template <class E>
 void widen_row(const E* from, int64_t D, int64_t Dp, Wide<E>* to) {
@@ -131,7 +127,9 @@ class AttentionHead {
   }
 
   bool tile(int64_t i, int64_t row, bool first, bool last) {
-    return last_ - i > W ? tile_of<kQueryVectors>(i, row, first, last) : tile_of<1>(i, row, first, last);
+    if (last_ - i <= W) return tile_of<1>(i, row, first, last);
+    if (last_ - i <= 2 * W) return tile_of<2>(i, row, first, last);
+    return tile_of<kQueryVectors>(i, row, first, last);
   }
 
   // Queries i .. against the packed keys, the first and last block of them or one between; their running rows are
@@ -207,10 +205,12 @@ class AttentionHead {
   }
 
   void emit_again(int64_t i, int64_t row) {
-    if (last_ - i > W)
-      emit_again_of<kQueryVectors>(i, row);
-    else
+    if (last_ - i <= W)
       emit_again_of<1>(i, row);
+    else if (last_ - i <= 2 * W)
+      emit_again_of<2>(i, row);
+    else
+      emit_again_of<kQueryVectors>(i, row);
   }
   template <int kVectors>
   void emit_again_of(int64_t i, int64_t row) {

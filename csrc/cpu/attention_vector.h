@@ -1,18 +1,10 @@
 // The two products of attention on the vector units: register tiles of broadcast keys times queries in lanes, and of
 // broadcast masses times values in lanes. Any element type; sums in k order of the wide type.
 
-#if defined(TOKRED_AVX512)
-constexpr int kKeyRows = 12, kOutRows = 8;  // times 2 vectors: 24 and 16 sums of 32 registers
-#elif defined(TOKRED_AVX2)
-constexpr int kKeyRows = 6, kOutRows = 4;  // of 16 registers
-#else
-constexpr int kKeyRows = 4, kOutRows = 4;
-#endif
-
 template <class E>
 class VectorProducts {
   using T = Wide<E>;
-  static constexpr int W = kLanes<T>, kTile = kQueryTile<T>;
+  static constexpr int W = kLanes<T>, kTile = kQueryTile<T>, kPanel = kOutTile<T>;
 
  public:
   static int64_t padded_rows(int64_t keys) { return round_up(keys, kKeyRows); }
@@ -30,10 +22,10 @@ class VectorProducts {
         rows_(scratch.template take<T>(Dp_ * kTile)) {}
 
   void add_key(int64_t n, const E* k) { widen_row(k, D_, Dp_, keys_ + n * Dp_); }
-  // In panels of kTile columns, [keys][kTile]; the last may be narrower.
+  // In panels of kPanel columns, [keys][kPanel]; the last may be narrower.
   void add_value(int64_t n, const E* v) {
-    for (int64_t d = 0; d < Dp_; d += kTile) {
-      const int64_t width = Dp_ - d < kTile ? Dp_ - d : kTile, D = D_ - d;
+    for (int64_t d = 0; d < Dp_; d += kPanel) {
+      const int64_t width = Dp_ - d < kPanel ? Dp_ - d : kPanel, D = D_ - d;
       widen_row(v + d, D < width ? D : width, width, values_ + d * keys_n_ + n * width);
     }
   }
@@ -65,10 +57,10 @@ class VectorProducts {
   // sink(t, d, v): elements d .. d + W of the row of query t < count of mass^T v.
   template <class Sink>
   void values(int64_t n, const T* mass, int64_t count, const Sink& sink) const {
-    for (int64_t d = 0; d < Dp_; d += kTile)
+    for (int64_t d = 0; d < Dp_; d += kPanel)
       for (int64_t t = 0; t < count; t += kOutRows)
-        if (Dp_ - d >= kTile)
-          value_rows<2>(n, mass, d, t, count, sink);
+        if (Dp_ - d >= kPanel)
+          value_rows<kOutVectors>(n, mass, d, t, count, sink);
         else
           value_rows<1>(n, mass, d, t, count, sink);
   }

@@ -1,5 +1,19 @@
 // What every matrix product is made of: a tile of sums in registers, and exp2.
 
+// Sums of a tile, which with a row of vectors and a broadcast must fit the registers (32, 16, 16): keys times queries
+// and, for the values, queries times columns.
+#if defined(TOKRED_AMX)
+constexpr int kQueryVectors = 2;  // the products are 32 x 32
+#elif defined(TOKRED_AVX512)
+constexpr int kKeyRows = 8, kQueryVectors = 3, kOutRows = 12, kOutVectors = 2;
+#else
+constexpr int kKeyRows = 4, kQueryVectors = 3, kOutRows = 6, kOutVectors = 2;
+#endif
+template <class T>
+constexpr int kQueryTile = kQueryVectors * kLanes<T>;
+template <class T>
+constexpr int kOutTile = kOutVectors * kLanes<T>;
+
 // acc[t][u] += sum_k a[t * a_t + k * a_k] * b[k * b_k + u * lanes], k ascending: one broadcast and kVectors
 // multiply-adds a row, so a tile keeps the multipliers busy from 8 sums on (latency 4, two a cycle).
 template <int kRows, int kVectors, class T>

@@ -11,8 +11,10 @@ constexpr int kKeyRows = 4, kQueryVectors = 3, kOutRows = 6, kOutVectors = 2;
 #endif
 template <class T>
 constexpr int kQueryTile = kQueryVectors * kLanes<T>;
+#if !defined(TOKRED_AMX)
 template <class T>
 constexpr int kOutTile = kOutVectors * kLanes<T>;
+#endif
 
 // acc[t][u] += sum_k a[t * a_t + k * a_k] * b[k * b_k + u * lanes], k ascending: one broadcast and kVectors
 // multiply-adds a row, so a tile keeps the multipliers busy from 8 sums on (latency 4, two a cycle).

@@ -39,6 +39,11 @@ EXPECTED = {
     ("unmerge", "unmerge_kernel<uint4>"): (256, 8, {"LDG.E.128": 4, "STG.E.128": 4}),
     ("unmerge", "unmerge_kernel<uint32>"): (256, 8, {"LDG.E": 8, "STG.E": 4}),
     ("unmerge", "unmerge_kernel<uint16>"): (256, 8, {"LDG.E.U16": 4, "STG.E.U16": 4}),
+    ("topk", "topk_kernel"): (1024, 2, {"SHFL": 10, "VOTE": 2}),
+    **{("topk_gather", f"topk_gather_kernel<{t},{16 // s}>"):
+       (256, 4, {"LDG.E.128": 4, "STG.E.128": 4, "FFMA": 32 // s, "VOTE": 8})
+       for t, s in (("float", 4), ("half", 2), ("bfloat16", 2))},
+    **{("topk_gather", f"topk_gather_kernel<{t},1>"): (256, 4, {"VOTE": 8}) for t in ("float", "half", "bfloat16")},
 }  # fmt: skip
 
 
@@ -68,7 +73,7 @@ def kernels():
     if torch.version.cuda is None:
         pytest.skip("this torch has no CUDA headers")
     found = {}
-    for name in ("match", "merge", "unmerge"):
+    for name in ("match", "merge", "unmerge", "topk", "topk_gather"):
         for arch, text in _disassembled(name, tools).items():
             for kernel, facts in _parse(text).items():
                 found[name, kernel, arch] = facts
@@ -77,7 +82,7 @@ def kernels():
 
 def _disassembled(name: str, tools: dict[str, str]) -> dict[str, str]:
     """{arch: resource usage and machine code}, cached by the hash of all sources."""
-    sources = sorted([*(ROOT / "csrc/cuda").iterdir(), ROOT / "csrc/check.h"])
+    sources = sorted([*(ROOT / "csrc/cuda").iterdir(), *(ROOT / "csrc").glob("check*.h")])
     key = b"".join(p.read_bytes() for p in sources) + f"{tools['nvcc']} {torch.__version__}".encode()
     folder = CACHE / hashlib.sha256(key).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)

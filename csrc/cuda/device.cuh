@@ -61,4 +61,29 @@ __device__ __forceinline__ float to_float(const Pack<__nv_bfloat16, 8>& pack, in
   return __uint_as_float(i % 2 ? pair & 0xffff0000u : pair << 16);
 }
 
+// The sum over the block, in every thread. counts: shared, an int a warp, not in use by the call before.
+__device__ __forceinline__ int block_sum(int value, int* counts) {
+  const int lane = threadIdx.x % kWarp;
+  for (int step = 1; step < kWarp; step *= 2) value += __shfl_xor_sync(kAllLanes, value, step);
+  if (lane == 0) counts[threadIdx.x / kWarp] = value;
+  __syncthreads();
+  value = lane < int(blockDim.x) / kWarp ? counts[lane] : 0;
+  for (int step = 1; step < kWarp; step *= 2) value += __shfl_xor_sync(kAllLanes, value, step);
+  return value;
+}
+
+// Words first, first + step, ... of a row.
+template <typename Word>
+__device__ __forceinline__ void copy_words(const Word* from, Word* to, int first, int step, int words) {
+  for (; first < words; first += kAhead * step) {
+    Word part[kAhead];  // all loads, then all stores: the compiler must not assume that to is not from
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k)
+      if (first + k * step < words) part[k] = from[first + k * step];
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k)
+      if (first + k * step < words) to[first + k * step] = part[k];
+  }
+}
+
 }  // namespace tokred

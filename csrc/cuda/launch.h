@@ -7,6 +7,7 @@
 #include <tuple>
 
 #include "../check.h"
+#include "../check_topk.h"
 #include "device.cuh"
 
 namespace tokred {
@@ -73,5 +74,7 @@ inline void debug_assign_values(const char* op, const Tensor& assign, int64_t m)
 // match.cu and merge.cu; match_merge.cu launches both.
 void match_into(const char* op, const MatchArgs& args, const Tensor& assign);
 void merge_into(const char* op, const MergeArgs& args, Reduce reduce, const Tensor& out, const Tensor& size_out);
+// topk.cu, for topk_gather.cu.
+void topk_into(const char* op, const TopkArgs& args, const Tensor& assign);
 
 }  // namespace tokred

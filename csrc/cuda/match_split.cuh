@@ -93,19 +93,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   best.reduce(i0, na, [&](int i, uint64_t key) { keys[i] = key; });
 }
 
-// The sum over the block, in every thread. counts: shared, [kSelectThreads / kWarp], not in use by the call before.
-__device__ __forceinline__ int block_sum(int value, int* counts) {
-  const int lane = threadIdx.x % kWarp;
-  for (int step = 1; step < kWarp; step *= 2) value += __shfl_xor_sync(kAllLanes, value, step);
-  if (lane == 0) counts[threadIdx.x / kWarp] = value;
-  __syncthreads();
-  value = counts[lane];  // as many warps as lanes
-  for (int step = 1; step < kWarp; step *= 2) value += __shfl_xor_sync(kAllLanes, value, step);
-  return value;
-}
-
 __global__ void __launch_bounds__(kSelectThreads) select_kernel(const MatchBatch m, const MatchScratch scratch) {
-  static_assert(kSelectThreads == kWarp * kWarp, "block_sum");
   const int64_t b = blockIdx.x;
   const int na = m.rows_a();
   uint64_t* keys = scratch.keys + b * scratch.segments * na;

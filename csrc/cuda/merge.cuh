@@ -126,17 +126,9 @@ __global__ void __launch_bounds__(kThreads, 4) merge_kernel(const MergeBatch g, 
   const bool whole = list.next >= g.N;  // and it stays so: the list need not be made again for each chunk
 
   if (whole && list.found == 1 && g.reduce != kReduceSum) {
-    const int i = list.token[0], step = grid.slices * kWarp;
-    const Vector* from = reinterpret_cast<const Vector*>(x + i * g.s_n);
-    for (int first = slice * kWarp + lane; first < vectors; first += kAhead * step) {
-      Vector part[kAhead];  // all loads, then all stores: the compiler must not assume that out is not x
-#pragma unroll
-      for (int k = 0; k < kAhead; ++k)
-        if (first + k * step < vectors) part[k] = from[first + k * step];
-#pragma unroll
-      for (int k = 0; k < kAhead; ++k)
-        if (first + k * step < vectors) reinterpret_cast<Vector*>(out)[first + k * step] = part[k];
-    }
+    const int i = list.token[0];
+    copy_words(reinterpret_cast<const Vector*>(x + i * g.s_n), reinterpret_cast<Vector*>(out), slice * kWarp + lane,
+               grid.slices * kWarp, vectors);
     if (slice == 0 && lane == 0) g.size_out[b * g.M + j] = size ? size[i] : 1;
     return;
   }

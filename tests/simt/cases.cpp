@@ -55,6 +55,26 @@ static void unmerge(int B, int N, int M, int words) {
   printf("unmerge N=%d words=%d: %08x\n", N, words, hash(x));
 }
 
+static void topk(int B, int N, int k, int p, int others, int levels) {
+  Buffer<float> score = normal<float>(size_t(B) * N);
+  for (size_t i = 0; i < score.count; ++i) score[i] = floorf(score[i] * levels);  // ties
+  Buffer<int32_t> assign(size_t(B) * N);
+  emulate_topk({score, assign, B, N, k, p, others});
+  printf("topk N=%d k=%d: %08x\n", N, k, hash(assign));
+}
+
+// Rows below `copied` have a member each, the rest are one more row: the last.
+template <typename T>
+static void gather(int B, int N, int copied, int C, bool mean) {
+  Buffer<T> x = normal<T>(size_t(B) * N * C), out(size_t(B) * (copied + 1) * C);
+  Buffer<float> score = normal<float>(size_t(B) * N);
+  Buffer<int32_t> assign(size_t(B) * N);
+  for (int i = 0; i < B * N; ++i) assign[i] = std::min(i % N, copied);
+  const GatherBatch g{x, score, assign, out, B, int64_t(N) * C, C, N, copied + 1, C, copied, mean};
+  emulate_gather<T>(g, C * sizeof(T) % 16 == 0);
+  printf("gather N=%d C=%d: %08x\n", N, C, hash(out));
+}
+
 int main(int, char** arguments) {
   simt::seed(unsigned(atoi(arguments[1])));
   match<float>(Dtype::kFloat, 2, 1, 31, 5, 9, 0, false, true);
@@ -73,4 +93,10 @@ int main(int, char** arguments) {
   unmerge<uint4>(2, 23, 11, 3);
   unmerge<uint32_t>(1, 70, 11, 41);
   unmerge<uint16_t>(2, 5, 11, 2100);
+  topk(2, 50, 20, 1, -1, 3);
+  topk(1, 1030, 500, 2, 502, 2);
+  topk(2, 33, 33, 0, -1, 1);
+  gather<float>(2, 19, 9, 24, true);
+  gather<__half>(1, 259, 2, 72, false);
+  gather<__nv_bfloat16>(1, 23, 9, 13, true);
 }

@@ -7,6 +7,8 @@
 #include "attention_scores.cuh"
 #include "match_split.cuh"
 #include "merge.cuh"
+#include "topk.cuh"
+#include "topk_gather.cuh"
 #include "unmerge.cuh"
 
 namespace tokred {
@@ -55,6 +57,13 @@ int64_t emulate_attention(const AttentionBatch& g, Emission emit, float* scores,
     return scratch.get();
   });
   return taken;
+}
+
+inline void emulate_topk(const TopkBatch& g) { launch_topk(g, Launcher{}); }
+
+template <typename T>
+void emulate_gather(const GatherBatch& g, bool aligned) {
+  launch_topk_gather<T>(g, aligned, Launcher{});
 }
 
 }  // namespace tokred

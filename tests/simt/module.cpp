@@ -68,11 +68,30 @@ static int64_t attention(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t size, 
   }
 }
 
+static void topk(uintptr_t score, uintptr_t assign, int64_t B, int N, int k, int p, int others) {
+  emulate_topk({pointer<float>(score), pointer<int32_t>(assign), B, N, k, p, others});
+}
+
+static void gather(uintptr_t x, uintptr_t score, uintptr_t assign, uintptr_t out, int64_t B, int N, int M, int C,
+                   int64_t s_b, int64_t s_n, int copied, bool mean, int dtype, bool aligned) {
+  GatherBatch g;
+  g.x = pointer<void>(x), g.score = pointer<float>(score), g.assign = pointer<int32_t>(assign);
+  g.out = pointer<void>(out), g.B = B, g.s_b = s_b, g.s_n = s_n, g.N = N, g.M = M, g.C = C, g.copied = copied;
+  g.mean = mean;
+  switch (static_cast<Dtype>(dtype)) {
+    case Dtype::kFloat: return emulate_gather<float>(g, aligned);
+    case Dtype::kHalf: return emulate_gather<__half>(g, aligned);
+    case Dtype::kBFloat16: return emulate_gather<__nv_bfloat16>(g, aligned);
+  }
+}
+
 PYBIND11_MODULE(simt_kernels, m) {
   m.def("seed", &simt::seed);
   m.def("match", &match);
   m.def("merge", &merge);
   m.def("attention", &attention);
+  m.def("topk", &topk);
+  m.def("gather", &gather);
   m.def("unmerge_16", &unmerge<uint4>);
   m.def("unmerge_4", &unmerge<uint32_t>);
   m.def("unmerge_2", &unmerge<uint16_t>);

@@ -161,3 +161,32 @@ def attention_and_scratch(
             DTYPES.index(q.dtype), all(_aligned(t, t.stride()[:3]) for t in (q, k, v)), device[0],
         )  # fmt: skip
     return out and out.take().transpose(1, 2), emitted.take(), scratch
+
+
+def topk(score: Tensor, k: int, prefix: int = 1, fuse: bool = False, *, seed=0) -> Tensor:
+    B, N = score.shape
+    k, assign, score = min(k, N - prefix), _Output((B, N), torch.int32), _per_token(score)
+    if B and N:
+        emulator().seed(seed)
+        others = prefix + k if fuse and k < N - prefix else -1
+        emulator().topk(_address(score), _address(assign.tensor), B, N, k, prefix, others)
+    return assign.take()
+
+
+def topk_gather(x: Tensor, score: Tensor, k: int, prefix: int = 1, *, fuse: str = "none", seed=0):
+    B, N, C = x.shape
+    assign = topk(score, k, prefix, fuse != "none", seed=seed)
+    k = min(k, N - prefix)
+    fused = fuse != "none" and k < N - prefix
+    M = prefix + k + fused
+    copied = prefix + k if fused and (fuse == "sum" or M < N) else M
+    out = _Output((B, M, C), x.dtype)
+    x, score = _inner_contiguous(x), _per_token(score)
+    if B and N and C:
+        strides = [x.stride(0), x.stride(1)]
+        aligned = _aligned(x, [*strides, C]) and _aligned(out.tensor, [C])
+        emulator().gather(
+            _address(x), _address(score), _address(assign), _address(out.tensor), B, N, M, C, *strides, copied,
+            fuse == "mean" and copied < M, DTYPES.index(x.dtype), aligned,
+        )  # fmt: skip
+    return out.take(), assign

@@ -1,11 +1,13 @@
 """Shapes that are measured, their inputs, and every implementation of every op."""
 
 import contextlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import tokred_kernels as tokred
@@ -44,11 +46,15 @@ class Inputs:
     """Arguments of the ops, as a block hands them over: the keys are a view of the qkv projection."""
 
     x: Tensor  # [B, N, C]
-    keys: Tensor  # [B, H, N, 64], strides of [B, N, 3, H, 64]
+    q: Tensor  # [B, H, N, 64], strides of [B, N, 3, H, 64]
+    keys: Tensor  # the same
+    v: Tensor  # the same
     size: Tensor  # [B, N], integers from 1 to 4
     assign: Tensor  # [B, N] int32
     y: Tensor  # [B, N - r, C]
+    score: Tensor  # [B, N], as the class token's attention: positive, its sum 1
     r: int
+    k: int  # patches that EViT keeps of the N - 1, 70 %
 
     @property
     def m(self) -> int:
@@ -64,10 +70,11 @@ def inputs(shape: Shape, device: str = "cpu", dtype: torch.dtype = torch.float32
     size = torch.randint(1, 5, (B, N), generator=generator).float()
     size[:, 0] = 1
     x, qkv, size = x.to(device, dtype), qkv.to(device, dtype), size.to(device)
-    keys = qkv.permute(2, 0, 3, 1, 4)[1]
+    q, keys, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
     assign = reference.match(keys, shape.r)
     y, _ = reference.merge(x, assign, N - shape.r, size)
-    return Inputs(x, keys, size, assign, y, shape.r)
+    score = torch.randn(B, N, generator=generator).softmax(1).to(device)
+    return Inputs(x, q, keys, v, size, assign, y, score, shape.r, math.ceil(0.7 * (N - 1)))
 
 
 def _eager_merge(i: Inputs) -> tuple[Tensor, Tensor]:
@@ -77,6 +84,14 @@ def _eager_merge(i: Inputs) -> tuple[Tensor, Tensor]:
     total = i.size.new_zeros(i.x.shape[0], i.m).scatter_add(1, row, i.size)
     out = wide.new_zeros(i.x.shape[0], i.m, i.x.shape[2]).scatter_add(1, row[..., None].expand_as(wide), wide)
     return (out / total[..., None]).to(i.x.dtype), total
+
+
+def _sdpa(i: Inputs) -> tuple[Tensor, Tensor]:
+    """SDPA with log size as a key mask, and the class token's row beside it."""
+    bias = i.size.log().to(i.q.dtype)[:, None, None]
+    out = F.scaled_dot_product_attention(i.q, i.keys, i.v, attn_mask=bias)
+    row = (i.q[:, :, :1] * i.q.shape[-1] ** -0.5) @ i.keys.transpose(2, 3) + bias
+    return out, row.float().softmax(-1)[:, :, 0].mean(1)
 
 
 # op -> (a call of the op, the same in plain PyTorch)
@@ -93,6 +108,15 @@ OPS: dict[str, tuple[Callable, Callable]] = {
     "match_merge": (
         lambda i: torch.ops.tokred.match_merge(i.x, i.keys, i.r, 1, i.size),
         lambda i: baselines.eager_tome_step(i.x, i.keys, i.r, 1, i.size),
+    ),
+    "attention": (lambda i: torch.ops.tokred.attention(i.q, i.keys, i.v, i.size, scores="cls"), _sdpa),
+    "topk": (
+        lambda i: torch.ops.tokred.topk(i.score, i.k),
+        lambda i: i.score[:, 1:].topk(i.k, dim=1).indices,
+    ),
+    "topk_gather": (
+        lambda i: torch.ops.tokred.topk_gather(i.x, i.score, i.k, fuse="sum"),
+        lambda i: baselines.eager_select(i.x, i.score, i.x.shape[1] - 1 - i.k, fuse="sum"),
     ),
 }
 IMPLEMENTATIONS = ("eager", "eager-compiled", "reference", "reference-compiled", "cpu", "triton", "cuda")
@@ -132,6 +156,9 @@ def _of_reference(op: str) -> Callable:
         "merge": lambda i: reference.merge(i.x, i.assign, i.m, i.size),
         "unmerge": lambda i: reference.unmerge(i.y, i.assign),
         "match_merge": lambda i: reference.match_merge(i.x, i.keys, i.r, 1, i.size),
+        "attention": lambda i: reference.attention(i.q, i.keys, i.v, i.size, scores="cls"),
+        "topk": lambda i: reference.topk(i.score, i.k),
+        "topk_gather": lambda i: reference.topk_gather(i.x, i.score, i.k, fuse="sum"),
     }[op]
 
 
@@ -151,6 +178,29 @@ def check(op: str, i: Inputs, result) -> None:
         return
     if op == "unmerge":
         assert torch.equal(result[0], reference.unmerge(i.y, i.assign)), "unmerge: not the rows of y"
+        return
+    if op == "attention":
+        exact = reference.attention(i.q.double(), i.keys.double(), i.v.double(), i.size, scores="cls")
+        for got, want in zip(result, exact, strict=True):
+            eps = torch.finfo(got.dtype).eps
+            torch.testing.assert_close(got.double(), want, rtol=8 * eps, atol=8 * eps * float(want.abs().amax()))
+        return
+    if op == "topk":
+        want = reference.topk(i.score, i.k)
+        if result[0].shape != want.shape:  # the plain form names the kept patches by falling score
+            want = (want[:, 1:] >= 0).nonzero()[:, 1].view_as(result[0])
+            result = (result[0].sort(dim=1).values,)
+        assert torch.equal(result[0], want), "topk: not the k best patches"
+        return
+    if op == "topk_gather":
+        want, assign = reference.topk_gather(i.x, i.score, i.k, fuse="sum")
+        if len(result) == 1:  # the plain form orders patches by falling score
+            by_score = i.score[:, 1:].argsort(dim=1, descending=True)[:, : i.k, None] + 1
+            want = torch.cat([want[:, :1], i.x.gather(1, by_score.expand(-1, -1, i.x.shape[2])), want[:, -1:]], 1)
+        assert torch.equal(result[0][:, :-1], want[:, :-1]), "topk_gather: not the rows of the k best patches"
+        eps = torch.finfo(want.dtype).eps
+        torch.testing.assert_close(result[0], want, rtol=8 * eps, atol=8 * eps * float(i.x.abs().amax()))
+        assert len(result) == 1 or torch.equal(result[1], assign), "topk_gather: not its assignment"
         return
     # Random keys have no near-ties: every implementation of match_merge finds the same assignment.
     out, size_out = reference.merge(i.x, i.assign, i.m, i.size)

@@ -88,7 +88,8 @@ def models(B: int) -> tuple[Figures, dict]:
     else:
         figures["G11"] = {case: median["tome"] / median["oracle"]}
     macs = [tokred.schedule.macs(found[name]) for name in ("dense", "tome")]
-    row = {"model": MODEL, "r": R, "batch_size": B, "ideal_speedup": macs[0] / macs[1], "variants": rows}
+    row = {"model": MODEL, "method": "tome", "options": {"r": R}, "batch_size": B}
+    row |= {"ideal_speedup": macs[0] / macs[1], "variants": rows}
     return figures, {"models": [row]}
 
 

@@ -10,8 +10,9 @@ NAMES = {
     "dense": "dense",
     "oracle": "oracle: tokens sliced, for free",
     "tome": "**ToMe, tokred**",
-    "plain_sdpa": "ToMe in PyTorch, SDPA with key mask",
-    "plain_explicit": "ToMe in PyTorch, explicit attention",
+    "evit": "**EViT, tokred**",
+    "plain_sdpa": "in PyTorch, SDPA",
+    "plain_explicit": "in PyTorch, explicit attention",
 }
 
 
@@ -49,6 +50,8 @@ def _models(result: dict) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for case in result.get("models", ()):
+        options = ", ".join(f"{option}={value}" for option, value in case["options"].items())
+        title = f"{case['model']}, {case['method']} {options}"
         for name, label in NAMES.items():
             row = case["variants"].get(name)
             if row is None:
@@ -56,7 +59,7 @@ def _models(result: dict) -> str:
             efficiency = ("" if row[key] is None else f"{row[key]:.3f}" for key in ("re_sdpa", "re_self"))
             # Three significant digits: a clean ratio still moves by 4 %.
             cells = (f"{row['images_per_second']:.3g}", f"{row['speedup']:.2f}x", *efficiency)
-            rows.append(f"| {case['model']}, r={case['r']} | {case['batch_size']} | {label} | {' | '.join(cells)} |")
+            rows.append(f"| {title} | {case['batch_size']} | {label} | {' | '.join(cells)} |")
     return "\n".join(rows) if len(rows) > 2 else ""
 
 

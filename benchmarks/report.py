@@ -13,60 +13,139 @@ from pathlib import Path
 
 import timm
 import torch
+from torch import Tensor, nn
 
 from tokred_kernels import schedule
+from tokred_kernels._backend import ATTENTION
 from tokred_kernels.cli import images, machine, variants
 from tokred_kernels.cli.timing import interleave, keep_freed_memory
 
-from . import cases, goals, noise_free, results
+from . import cases, cpu_attention, goals, noise_free, results
 
-MODEL, R = "deit_small_patch16_224", 13
+DEIT_S = "deit_small_patch16_224"
+R = 13
 BATCHES = (1, 8)
+METHODS = {"tome": {"r": R}, "evit": {"keep_rate": 0.7}}
+# Beside the model of the goals: DeiT-T and B, and 577 tokens with the r and keep rate that suit them.
+OTHERS = (
+    ("deit_tiny_patch16_224", "tome", {"r": R}),
+    ("deit_tiny_patch16_224", "evit", {"keep_rate": 0.7}),
+    ("deit_base_patch16_224", "tome", {"r": R}),
+    ("deit_base_patch16_224", "evit", {"keep_rate": 0.7}),
+    ("vit_small_patch16_384", "tome", {"r": 38}),
+    ("vit_small_patch16_384", "evit", {"keep_rate": 0.7}),
+)
 
 
 def step_figures(rounds: int) -> dict[str, dict[str, float]]:
-    """C1, C2, C6: one reduction step."""
+    """C1, C2, C3, C6: one reduction step."""
     torch.manual_seed(0)
-    block = timm.create_model(MODEL).eval().blocks[0]
+    block = timm.create_model(DEIT_S).eval().blocks[0]
     compiled = torch.compile(cases.OPS["match_merge"][1], dynamic=False)
-    figures = {"C1": {}, "C2": {}, "C6": {}}
+    figures = {"C1": {}, "C2": {}, "C3": {}, "C6": {}}
     for B in BATCHES:
         given = cases.inputs(cases.Shape("deit_small", B, 197, 6, R))
-        call, eager = cases.OPS["match_merge"]
-        candidates = {
-            "ours": lambda call=call, given=given: call(given),
-            "eager": lambda eager=eager, given=given: eager(given),
+        calls = {
+            "ours": lambda given=given: cases.OPS["match_merge"][0](given),
+            "eager": lambda given=given: cases.OPS["match_merge"][1](given),
             "compiled": lambda given=given: compiled(given),
             "block": lambda given=given: block(given.x),
+            "topk_gather": lambda given=given: cases.OPS["topk_gather"][0](given),
+            "eager_select": lambda given=given: cases.OPS["topk_gather"][1](given),
         }
         for name in ("ours", "eager", "compiled"):
-            cases.check("match_merge", given, candidates[name]())
-        seconds = {name: timing.best for name, timing in interleave(candidates, rounds=rounds).items()}
+            cases.check("match_merge", given, calls[name]())
+        for name in ("topk_gather", "eager_select"):
+            cases.check("topk_gather", given, calls[name]())
+        seconds = {name: timing.best for name, timing in interleave(calls, rounds=rounds).items()}
         figures["C1"][f"B={B}"] = seconds["eager"] / seconds["ours"]
         figures["C2"][f"B={B}"] = seconds["compiled"] / seconds["ours"]
+        figures["C3"][f"B={B}"] = seconds["eager_select"] / seconds["topk_gather"]
         figures["C6"][f"B={B}"] = 100 * seconds["ours"] / seconds["block"]
     return figures
 
 
-def model_figures(rounds: int) -> tuple[dict[str, dict[str, float]], list[dict]]:
-    """C7, C9 and C10's ops, and the rows of the model table."""
+def attention_figures(rounds: int) -> dict[str, dict[str, float]]:
+    """C4, C5: attention in each instruction set of this machine."""
+    figures = {"C5": {}}
+    vendor = " on Intel" if "intel" in machine.cpu()["name"].lower() else ""
+    best = machine.cpu()["isa"]
+    for isa in ("amx", "avx512", "avx2"):
+        found = cpu_attention.measure_apart(isa, rounds)
+        if found is None:
+            continue
+        width = "AVX2" if isa == "avx2" else f"AVX-512{vendor}"
+        for case, value in found["masked"].items():
+            figures.setdefault(f"C4 {width}", {})[f"{isa} {case}"] = value
+        if isa == best:
+            figures["C5"] |= {f"{scores} {case}": x for scores in ("cls", "mean") for case, x in found[scores].items()}
+    found = cpu_attention.measure_apart(best, rounds, "bfloat16")
+    figures["C4 bfloat16"] = {case: min(found["plain"][case], found["masked"][case]) for case in found["plain"]}
+    return figures
+
+
+class _WithSdpa(nn.Module):
+    """A patched model whose attention is torch's, with log size as a mask."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        ours = ATTENTION["cpu"]
+        ATTENTION["cpu"] = dict.fromkeys(ours, "sdpa")
+        try:
+            return self.model(x)
+        finally:
+            ATTENTION["cpu"] = ours
+
+
+def _measured(
+    name: str, method: str, options: dict, B: int, rounds: int, max_seconds: float
+) -> tuple[dict, dict[str, nn.Module], Tensor]:
+    """The rows of a model, its variants, verified, and its photographs."""
     torch.manual_seed(0)
-    model = timm.create_model(MODEL).eval()
-    found = variants.build(model, "tome", r=R)
+    model = timm.create_model(name).eval()
+    found = variants.build(model, method, **options)
     _, photographs = images.load([], model)
-    figures, table = {"C7": {}, "C9": {}}, []
-    for B in BATCHES:
-        batch = photographs[torch.arange(B) % len(photographs)]
-        checked = variants.verify(found, "tome", batch, B)
-        if not checked["passed"]:
-            raise SystemExit(f"the results disagree, nothing was timed: {checked}")
-        rows = variants.rows(variants.measure(found, batch, rounds=rounds), "tome", "cpu", B)
-        figures["C7"][f"B={B}"] = rows["tome"]["re_sdpa"]
-        figures["C9"][f"B={B}"] = rows["plain_explicit"]["seconds_min"] / rows["tome"]["seconds_min"]
-        ideal = schedule.macs(model) / schedule.macs(found["tome"])
-        table.append({"model": MODEL, "r": R, "batch_size": B, "ideal_speedup": ideal, "variants": rows})
-    added = noise_free.ops_per_step(model, found["tome"], photographs, len(model.blocks))
-    figures["C10 ops"] = {"tome": added}
+    batch = photographs[torch.arange(B) % len(photographs)]
+    checked = variants.verify(found, method, batch, B)
+    if not checked["passed"]:
+        raise SystemExit(f"the results disagree, nothing was timed: {checked}")
+    if method == "tome":
+        found["tome_sdpa"] = _WithSdpa(found["tome"])
+    timings = variants.measure(found, batch, rounds=rounds, max_seconds=max_seconds)
+    case = {
+        "model": name,
+        "method": method,
+        "options": options,
+        "batch_size": B,
+        "ideal_speedup": schedule.macs(model) / schedule.macs(found[method]),
+        "variants": variants.rows(timings, method, "cpu", B),
+    }
+    return case, found, photographs
+
+
+def model_figures(rounds: int) -> tuple[dict[str, dict[str, float]], list[dict]]:
+    """C7, C8, C9 and C10's ops, and the rows of the model table."""
+    figures = {"C7": {}, "C7 sdpa": {}, "C8": {}, "C9": {}, "C10 ops": {}}
+    table = []
+    for method, options in METHODS.items():
+        for B in BATCHES:
+            case, found, photographs = _measured(DEIT_S, method, options, B, rounds, float("inf"))
+            rows, key = case["variants"], f"{method} B={B}"
+            table.append(case)
+            figures["C7"][key] = rows[method]["re_sdpa"]
+            figures["C8"][key] = rows[method]["re_self"]
+            figures["C9"][key] = rows["plain_explicit"]["seconds_min"] / rows[method]["seconds_min"]
+            if method == "tome":
+                figures["C7 sdpa"][key] = rows["oracle"]["seconds_min"] / rows["tome_sdpa"]["seconds_min"]
+        counts = schedule.tokens(found[method])
+        steps = sum(before > after for before, after in counts)
+        figures["C10 ops"][method] = noise_free.ops_per_step(found["dense"], found[method], photographs, steps)
+    for name, method, options in OTHERS:
+        for B in (1,) if "base" in name or "384" in name else BATCHES:
+            table.append(_measured(name, method, options, B, rounds, 20)[0])
     return figures, table
 
 
@@ -74,7 +153,7 @@ def noise_free_figures() -> dict[str, dict[str, float]]:
     """C10's bytes and bits, of each op."""
     figures = {"C10 bytes": {}, "C10 bitwise": {}}
     given = cases.inputs(cases.Shape("deit_small", 8, 197, 6, R))
-    for op in ("match", "merge", "match_merge"):
+    for op in ("match", "merge", "match_merge", "topk", "topk_gather"):
         call = cases.OPS[op][0]
         allowed = noise_free.nbytes(call(given)) + 64 * given.x.shape[0] * given.x.shape[1]
         figures["C10 bytes"][op] = noise_free.allocated_bytes(lambda call=call: call(given)) / allowed
@@ -88,7 +167,7 @@ def measure(rounds: int) -> dict:
     keep_freed_memory()
     with torch.inference_mode():
         models, table = model_figures(rounds)
-        figures = {**step_figures(rounds), **models, **noise_free_figures()}
+        figures = {**step_figures(rounds), **attention_figures(rounds), **models, **noise_free_figures()}
     return {**results.provenance(), "rounds": rounds, "figures": figures, "models": table}
 
 
@@ -99,7 +178,8 @@ def text(result: dict, gpu: dict[str, dict[str, float]]) -> str:
     return "\n".join(
         [
             f"{cpu['name']}, {cpu['isa']}, {cpu['threads']} thread; {versions}",
-            f"commit {result['commit']}, {result['date']}, fastest of {result['rounds']} rounds; DeiT-S, r = {R}, fp32",
+            f"commit {result['commit']}, {result['date']}, fastest of {result['rounds']} rounds; fp32,",
+            f"DeiT-S, ToMe r = {R}, EViT keep rate 0.7",
             "",
             *goals.lines(goals.CPU, result["figures"]),
             "",

@@ -51,8 +51,8 @@ class TestBaselines:
         reduced = tokred.apply(baselines.shared_copy(model), "tome", r=R)
         expected = [after for _, after in schedule.tokens(reduced)]
         assert mlp_tokens(reduced, images) == expected
-        for masked in (False, True):
-            assert mlp_tokens(baselines.oracle_model(model, R, masked=masked), images) == expected
+        for attention in ("sdpa", "tokred"):
+            assert mlp_tokens(baselines.oracle_model(model, R, attention=attention), images) == expected
         for attention in baselines.ATTENTION:
             assert mlp_tokens(baselines.plain_model(model, R, attention=attention), images) == expected
 
@@ -61,9 +61,11 @@ class TestBaselines:
         assert torch.equal(baselines.oracle_model(model, [0, 0, 0])(images), model(images))
 
     @torch.inference_mode()
-    def test_mask_of_the_oracle_changes_no_logit(self, model, images):
-        plain, masked = (baselines.oracle_model(model, R, masked=masked)(images) for masked in (False, True))
-        torch.testing.assert_close(masked, plain)
+    def test_attention_of_the_oracle_changes_no_logit(self, model, images):
+        vendor, ours = (baselines.oracle_model(model, R, attention=name)(images) for name in ("sdpa", "tokred"))
+        torch.testing.assert_close(ours, vendor)
+        with pytest.raises(ValueError, match="magic"):
+            baselines.oracle_model(model, R, attention="magic")
 
     @pytest.mark.parametrize("attention", baselines.ATTENTION)
     @torch.inference_mode()
@@ -95,7 +97,7 @@ class TestBaselines:
         torch.manual_seed(0)
         model = VisionTransformer(**SMALL, global_pool="map").eval()
         found = variants.build(model, "tome", r=9)
-        assert found.keys() == {"dense", "tome", "oracle", "oracle_masked"}
+        assert found.keys() == {"dense", "tome", "oracle", "oracle_self"}
         checked = variants.verify(found, "tome", images, 1)
         assert checked["passed"] and checked["cosine_with"].keys() == {"reference"}
         assert checked["steps"] == 3 * len(images)
@@ -214,7 +216,8 @@ def recorded() -> dict:
         "models": [
             {
                 "model": "deit_small_patch16_224",
-                "r": 13,
+                "method": "tome",
+                "options": {"r": 13},
                 "batch_size": 8,
                 "ideal_speedup": 1.7,
                 "variants": {
@@ -240,12 +243,13 @@ class TestReport:
         assert rises.verdict(None) == rises.verdict({}) == "not measured"
 
     def test_text_of_a_recorded_result(self):
-        lines = {line.split()[0]: line for line in report.text(recorded(), {}).splitlines() if line}
+        text = report.text(recorded(), {})
+        lines = {line.split("  ")[0]: line for line in text.splitlines()}
         assert lines["C1"].endswith("gate") and "B=1 9x, B=8 5x" in lines["C1"]
         assert lines["C6"].endswith("target")
         assert lines["C7"].endswith("FAIL")
         assert lines["C2"].endswith("not measured") and lines["G4"].endswith("not measured")
-        assert "0123456789ab" in lines["commit"]
+        assert "commit 0123456789ab" in text
 
     def test_gpu_goals_come_from_the_newest_gpu_result(self):
         old = {**recorded(), "figures": {"G4": {"cuda": 1.0}}}
@@ -272,7 +276,7 @@ class TestReadmeTable:
     def test_holds_models_goals_machine_and_commit(self):
         text = readme_table.table([recorded()])
         assert "Example CPU (avx2), 1 thread; torch 2.11.0, timm 1.0.31; commit 0123456789ab, 2026-01-02:" in text
-        assert "| deit_small_patch16_224, r=13 | 8 | **ToMe, tokred** | 10 | 1.60x | 0.970 | 0.980 |" in text
+        assert "| deit_small_patch16_224, tome r=13 | 8 | **ToMe, tokred** | 10 | 1.60x | 0.970 | 0.980 |" in text
         assert "| C1: match_merge against the eager PyTorch step | B=1: 9x, B=8: 5x | ≥ 4x | ≥ 8x |" in text
         assert "On a GPU: **not measured**" in text
 

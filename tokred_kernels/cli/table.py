@@ -9,7 +9,7 @@ from . import method_options
 LABELS = {
     "dense": "dense",
     "oracle": "oracle",
-    "oracle_masked": "oracle + key mask",
+    "oracle_self": "oracle, our attention",
     "plain_sdpa": "{method}, PyTorch + SDPA",
     "plain_explicit": "{method}, PyTorch",
 }

@@ -32,9 +32,12 @@ def build(model: nn.Module, method: str, **options) -> dict[str, nn.Module]:
     chosen = reduced.tokred_method
     counts = schedule.tokens(reduced)
     fewer = [before - after for before, after in counts]
-    variants = {"dense": model, method: reduced, "oracle": oracle_model(model, fewer)}
-    if chosen.sized:
-        variants["oracle_masked"] = oracle_model(model, fewer, masked=True)
+    variants = {
+        "dense": model,
+        method: reduced,
+        "oracle": oracle_model(model, fewer),
+        "oracle_self": oracle_model(model, fewer, attention="tokred"),
+    }
     removed = chosen.schedule(len(counts), counts[0][0] - model.num_prefix_tokens)[: len(counts)]
     selection = {} if chosen.sized else {"scores": chosen.scores, "fuse": chosen.fusion}
     with contextlib.suppress(ValueError):  # a method or head without a plain form: the table does without
@@ -112,7 +115,7 @@ def rows(timings: dict[str, Timing], method: str, device: str, batch_size: int) 
             "images_per_second": batch_size / typical[name],
             "speedup": typical["dense"] / typical[name],
             "re_sdpa": efficiency("oracle", name),
-            "re_self": efficiency("oracle_masked", name),
+            "re_self": efficiency("oracle_self", name),
         }
         for name, timing in timings.items()
     }

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._size import key_mask
+from .timm import ReducedBlock
 
 ATTENTION = ("explicit", "sdpa")
 
@@ -24,16 +24,17 @@ def shared_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
 
 
-def oracle_model(model: nn.Module, removed: Sequence[int], *, masked: bool = False) -> nn.Module:
+def oracle_model(model: nn.Module, removed: Sequence[int], *, attention: str = "sdpa") -> nn.Module:
     """The model with its tokens sliced, after the attention of each block, to the counts of a reduction schedule.
 
     Args:
         model: a timm VisionTransformer; left unchanged, its weights shared.
         removed: by how many tokens each block leaves fewer, at most all patches.
-        masked: attention takes a key mask [B, 1, 1, N] of zeros after the first reduction, the attention call of a
-            merging method. False: no mask, so that torch picks its best kernel.
+        attention: "sdpa", timm's own, for which torch picks its best kernel, or "tokred", that of a patched block.
     """
-    return _Oracle(shared_copy(model), removed, masked)
+    if attention not in ("sdpa", "tokred"):
+        raise ValueError(f"oracle_model: attention must be sdpa or tokred, got {attention!r}")
+    return _Oracle(shared_copy(model), removed, attention == "tokred")
 
 
 def plain_model(
@@ -172,18 +173,17 @@ class _Baseline(nn.Module):
 
 
 class _Oracle(_Baseline):
-    def __init__(self, model: nn.Module, removed: Sequence[int], masked: bool):
+    def __init__(self, model: nn.Module, removed: Sequence[int], patched: bool):
         super().__init__(model, removed)
-        self.masked = masked
+        self.patched = patched
 
     def blocks(self, x: Tensor) -> tuple[Tensor, None]:
-        size = None
         for block, r in zip(self.model.blocks, self.removed, strict=True):
             m = x.shape[1] - max(0, min(r, x.shape[1] - self.model.num_prefix_tokens))
-            mask = None if size is None else key_mask(size[:, : x.shape[1]], x.dtype)
-            attended = block.drop_path1(block.ls1(block.attn(block.norm1(x), attn_mask=mask)))
-            if self.masked and size is None and m < x.shape[1]:
-                size = x.new_ones(x.shape[0], m, dtype=torch.float32)
+            if self.patched:
+                attended = ReducedBlock.attend(block, x)[0]
+            else:
+                attended = block.drop_path1(block.ls1(block.attn(block.norm1(x))))
             # Sliced before the addition: its result is then dense in memory, and no copy is charged to the oracle.
             x = x[:, :m] + attended[:, :m]
             x = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))

@@ -38,7 +38,7 @@ def measure(isa: str, rounds: int, dtype: torch.dtype = torch.float32) -> dict[s
                 "cls": lambda q=q, k=k, v=v, s=size: tokred.attention(q, k, v, s, scores="cls"),
                 "mean": lambda q=q, k=k, v=v, s=size: tokred.attention(q, k, v, s, scores="mean"),
             }
-            tolerance = 4 * torch.finfo(dtype).eps
+            tolerance = 16 * torch.finfo(dtype).eps  # of two roundings of N terms
             torch.testing.assert_close(calls["cls"]()[0], calls["sdpa_mask"](), rtol=tolerance, atol=tolerance)
             seconds = {name: timing.best for name, timing in interleave(calls, rounds=rounds).items()}
             figures["masked"][case] = seconds["sdpa_mask"] / seconds["cls"]

@@ -9,7 +9,7 @@ from . import method_options
 LABELS = {
     "dense": "dense",
     "oracle": "oracle",
-    "oracle_self": "oracle, our attention",
+    "oracle_self": "oracle, tokred",
     "plain_sdpa": "{method}, PyTorch + SDPA",
     "plain_explicit": "{method}, PyTorch",
 }

@@ -6,15 +6,13 @@ key's scores, a row without mass, a row with a NaN or +inf logit.
 """
 
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from attention_cases import AttentionCase
 from torch import Tensor
-
-EPS32 = 2.0**-23
 
 
 def _wide(t: Tensor, dtype: torch.dtype) -> np.ndarray:
@@ -87,7 +85,7 @@ def plain(q: Tensor, k: Tensor, size: Tensor | None, *, scale=None, scores="none
     scale = scale if scale is not None else max(q.shape[-1], 1) ** -0.5
     logits = q @ k.transpose(2, 3) * scale
     if size is not None:
-        logits = logits + torch.where(size > 0, size, 0).to(q.dtype).log()[:, None, None]
+        logits = logits + torch.where(size > 0, size, 0).log().to(q.dtype)[:, None, None]
     p = logits.softmax(3)
     return p, {"none": p.new_empty(len(p), 0), "cls": p[:, :, 0].mean(1), "mean": p.mean((1, 2))}[scores]
 
@@ -99,13 +97,18 @@ def _error(got: Tensor, want: np.ndarray) -> float:
     return _finite_max(difference) if difference.size else 0.0
 
 
+def _units(want: Exact, q: Tensor) -> float:
+    """One float32 unit each for p and the sum, and the logits' error, which p is the exponential of: D products added
+    in turn are off by about sqrt(D) roundings of 0.29 units each, and a unit of +-1e4 is 1e4 of 1."""
+    unit = torch.finfo(torch.float64 if q.dtype == torch.float64 else torch.float32).eps
+    return unit * (2 + want.logit * max(1, q.shape[3] ** 0.5 / 4))
+
+
 def bounds(want: Exact, q: Tensor, k: Tensor, v: Tensor, size: Tensor | None, *, scale=None, scores="none"):
     """The largest errors allowed in out and in scores.
 
-    The floor of out: one unit in the last place of the largest result, which is rounded to its dtype; and of
-    max |v| one float32 unit each for p and the sum, and the logits' error, which p is the exponential of: D products
-    added in turn are off by about sqrt(D) roundings of 0.29 units each, and a unit of +-1e4 is 1e4 of 1. The scores are
-    float32 throughout.
+    The floor of out: one unit in the last place of the largest result, which is rounded to its dtype, and `_units` of
+    max |v|. The scores are float32 throughout.
     """
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     own_out = own_scores = 0.0
@@ -114,10 +117,9 @@ def bounds(want: Exact, q: Tensor, k: Tensor, v: Tensor, size: Tensor | None, *,
         own_out = _error(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale), want.out)
     if want.scores.size > 0 and q.shape[2] > 0:
         own_scores = _error(plain(q.to(wide), k.to(wide), size, scale=scale, scores=scores)[1], want.scores)
-    unit = torch.finfo(wide).eps
-    rounded = unit * (2 + want.logit * max(1, q.shape[3] ** 0.5 / 4))
-    floor_out = torch.finfo(q.dtype).eps * _finite_max(want.out) + rounded * want.value
-    return 2 * own_out + floor_out, 2 * own_scores + rounded * _finite_max(want.scores)
+    units = _units(want, q)
+    floor_out = torch.finfo(q.dtype).eps * _finite_max(want.out) + units * want.value
+    return 2 * own_out + floor_out, 2 * own_scores + units * _finite_max(want.scores)
 
 
 def _same_kind(got: np.ndarray, want: np.ndarray, what: str) -> None:
@@ -181,7 +183,7 @@ def _expected(q, k, v, size=None, **keywords) -> tuple[Exact, tuple[float, float
     return want, bounds(want, *(t.cpu() for t in (q, k, v)), None if size is None else size.cpu(), **keywords)
 
 
-@cache
+@lru_cache(maxsize=1024)  # more than the table
 def expected(case: AttentionCase) -> tuple[Exact, tuple[float, float]]:
     """Calculated once for all backends."""
     return _expected(*case.qkv(), case.size(), **case.keywords)
@@ -195,18 +197,22 @@ def check(case: AttentionCase, out: Tensor, scores: Tensor) -> None:
 
 @dataclass
 class ExactGradients:
-    grads: tuple[np.ndarray, np.ndarray, np.ndarray]
-    bounds: tuple[float, float, float]
+    """dq, dk, dv; and what rounding acts on: the largest sums of absolute terms, before those cancel, and what a
+    rounding of every element of out by its own size does through sum p dP = <dO, out>."""
+
+    values: tuple[np.ndarray, np.ndarray, np.ndarray]
+    terms: tuple[float, float, float]
+    through_out: tuple[float, float, float]
 
 
 @np.errstate(all="ignore")
 def exact_gradients(want: Exact, grad_out, grad_scores, q, k, v, size=None, *, scale=None, scores="none"):
-    """dq, dk, dv of <out, grad_out> + <scores, grad_scores> by the chain rule, row by row."""
+    """Of <out, grad_out> + <scores, grad_scores> by the chain rule, row by row."""
     B, H, Nq, D = q.shape
     N = k.shape[2]
     scale = scale if scale is not None else 1 / np.sqrt(_wide(torch.tensor(max(D, 1.0)), q.dtype))
     Q, K, V = (_wide(t, q.dtype) for t in (q, k, v))
-    dQ, dK, dV = (np.zeros_like(t) for t in (Q, K, V))
+    values, terms, through = (tuple(np.zeros_like(t) for t in (Q, K, V)) for _ in range(3))
     dO = np.zeros_like(Q) if grad_out is None else _wide(grad_out, q.dtype)
     for b in range(B):
         counts = np.arange(N) if size is None else np.flatnonzero(size[b].cpu().numpy() > 0)
@@ -214,17 +220,23 @@ def exact_gradients(want: Exact, grad_out, grad_scores, q, k, v, size=None, *, s
         if grad_scores is not None and scores != "none":
             g = _wide(grad_scores, q.dtype)[b, counts] / (H if scores == "cls" else H * max(Nq, 1))
         for h in range(H):
-            keys, values = K[b, h, counts], V[b, h, counts]
-            for i in range(Nq):
-                p = want.p[b, h, i, counts]
-                if not p.any():
-                    continue
-                dP = values @ dO[b, h, i] + (g if scores == "mean" or i == 0 else 0)
-                dS = p * (dP - p @ dP)
-                dQ[b, h, i] = scale * (dS @ keys)
-                dK[b, h, counts] += scale * np.outer(dS, Q[b, h, i])
-                dV[b, h, counts] += np.outer(p, dO[b, h, i])
-    return dQ, dK, dV
+            p = want.p[b, h][:, counts]  # 0 in a row without mass
+            dP = dO[b, h] @ V[b, h, counts].T
+            dP[: 1 if scores == "cls" else Nq] += g
+            of_out = np.sqrt(((dO[b, h] * want.out[b, h]) ** 2).sum(1, keepdims=True))
+            dS = p * (dP - (p * dP).sum(1, keepdims=True))
+            apart = p * (np.abs(dP) + (p * np.abs(dP)).sum(1, keepdims=True))
+            for into, of_logits, of_p, absolute in (
+                (values, dS, p, lambda t: t),
+                (terms, apart, p, np.abs),
+                (through, p * of_out, 0 * p, np.abs),
+            ):
+                into[0][b, h] = abs(scale) * of_logits @ absolute(K[b, h, counts])
+                into[1][b, h, counts] = abs(scale) * of_logits.T @ absolute(Q[b, h])
+                into[2][b, h, counts] = of_p.T @ absolute(dO[b, h])
+    if scale < 0:
+        values[0][:], values[1][:] = -values[0], -values[1]
+    return ExactGradients(values, *(tuple(_finite_max(t) for t in group) for group in (terms, through)))
 
 
 def _own_gradients(grad_out, grad_scores, q, k, v, size, **keywords) -> tuple[Tensor, Tensor, Tensor]:
@@ -238,25 +250,42 @@ def _own_gradients(grad_out, grad_scores, q, k, v, size, **keywords) -> tuple[Te
     return torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
 
 
-def check_gradients(case: AttentionCase, grads, grad_out: Tensor | None, grad_scores: Tensor | None) -> None:
-    """Asserts values, exact zeros, dtypes and strides of dq, dk, dv for a case with finite inputs.
+@lru_cache(maxsize=1024)
+def expected_gradients(case: AttentionCase, with_out: bool, with_scores: bool) -> tuple[tuple, tuple]:
+    """dq, dk, dv of a case with finite inputs, and the largest error allowed in each.
 
-    The floor: a few float32 roundings of the largest gradient (dP - sum p dP cancels) and of the logits, and one of
-    the result's dtype.
+    The floor: one unit in the last place of the largest result; float32 units of the terms that add up to it, as in
+    `bounds`; and the rounding of out.
     """
-    q, k, v = case.qkv()
-    size = case.size()
+    q, k, v, size = *case.qkv(), case.size()
+    given = _given(case, with_out, with_scores)
     want = expected(case)[0]
-    gradients = exact_gradients(want, grad_out, grad_scores, q, k, v, size, **case.keywords)
+    exactly = exact_gradients(want, *given, q, k, v, size, **case.keywords)
+    own = [torch.zeros(g.shape) for g in exactly.values]
     if min(*q.shape, *k.shape) > 0:
-        own = _own_gradients(grad_out, grad_scores, q, k, v, size, **case.keywords)
-    else:
-        own = [torch.zeros(g.shape) for g in gradients]
-    unit = torch.finfo(torch.float64).eps if case.dtype == torch.float64 else EPS32
-    for name, got, exactly, from_torch, like in zip(("dq", "dk", "dv"), grads, gradients, own, (q, k, v), strict=True):
+        own = _own_gradients(*given, q, k, v, size, **case.keywords)
+    last, units = torch.finfo(case.dtype).eps, _units(want, q)
+    allowed = [
+        2 * _error(from_torch, value) + last * (_finite_max(value) + through) + units * terms
+        for from_torch, value, terms, through in zip(
+            own, exactly.values, exactly.terms, exactly.through_out, strict=True
+        )
+    ]
+    return exactly.values, tuple(allowed)
+
+
+def _given(case: AttentionCase, with_out: bool, with_scores: bool) -> tuple[Tensor | None, Tensor | None]:
+    grad_out, grad_scores = case.grads()
+    return grad_out if with_out else None, grad_scores if with_scores else None
+
+
+def check_gradients(case: AttentionCase, grads, with_out: bool = True, with_scores: bool = True) -> None:
+    """Asserts values, exact zeros, dtypes and strides of dq, dk, dv from case.grads(), or from one of the two."""
+    size = case.size()
+    want, allowed = expected_gradients(case, with_out, with_scores)
+    for name, got, exactly, bound, like in zip(("dq", "dk", "dv"), grads, want, allowed, case.qkv(), strict=True):
         check_layout(got, like)
-        floor = (torch.finfo(case.dtype).eps + unit * (8 + want.logit)) * _finite_max(exactly)
-        _close(got, exactly, 2 * _error(from_torch, exactly) + floor, name)
+        _close(got, exactly, bound, name)
         if name != "dq" and size is not None:
             masked = ~(size > 0)
             assert not got.cpu().transpose(1, 2)[masked].any(), f"{name}: a masked key's is not exactly 0"

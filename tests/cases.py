@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+ISAS = ("amx", "avx512", "avx2", "portable")  # of the CPU kernels
 INT_MIN, INT_MAX = -(2**31), 2**31 - 1
 
 

@@ -6,6 +6,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 import pytest
 import torch
+from cases import ISAS
 
 import tokred_kernels as tokred
 
@@ -33,7 +34,7 @@ def poisoned(monkeypatch):
 
 def _backends() -> list:
     found = [pytest.param(("reference", ""), id="reference")]
-    for isa in ("amx", "avx512", "avx2", "portable"):
+    for isa in ISAS:
         try:
             with tokred.use_backend("cpu", isa=isa):
                 marks = ()

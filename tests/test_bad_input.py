@@ -13,6 +13,8 @@ import tokred_kernels as tokred
 X, K = torch.randn(2, 7, 4), torch.randn(2, 3, 7, 8)
 A = torch.zeros(2, 7, dtype=torch.int32)
 S = torch.ones(2, 7)
+Q = K[:, :, :5]
+BACK = torch.ops.tokred.attention_backward
 
 # call, what the message must contain
 BAD = {
@@ -122,6 +124,103 @@ BAD = {
         lambda: tokred.topk_gather(X, S, 1, fuse="max"),
         r'topk_gather: fuse must be "none", "sum" or "mean", got "max"',
     ),
+    "attention-dtype": (lambda: tokred.attention(Q.int(), K, K), r"attention: q must be float32, .*, got int32"),
+    "attention-rank": (
+        lambda: tokred.attention(Q[0], K, K),
+        r"attention: q must be \[B, H, Nq, D\], got \[3, 5, 8\]",
+    ),
+    "attention-width": (
+        lambda: tokred.attention(Q[..., :7], K[..., :7], K[..., :7]),
+        r"attention: q must be \[B, H, Nq, D\] with H > 0 and D a multiple of 8 up to 128, got \[2, 3, 5, 7\]",
+    ),
+    "attention-wide": (
+        lambda: tokred.attention(*[t.repeat(1, 1, 1, 17) for t in (Q, K, K)]),
+        r"attention: q must be .* with H > 0 and D a multiple of 8 up to 128, got \[2, 3, 5, 136\]",
+    ),
+    "attention-heads": (
+        lambda: tokred.attention(Q[:, :0], K[:, :0], K[:, :0]),
+        r"attention: q must be .* with H > 0 and D a multiple of 8 up to 128, got \[2, 0, 5, 8\]",
+    ),
+    "attention-k-rank": (
+        lambda: tokred.attention(Q, K[0], K),
+        r"attention: k must be \[B, H, N, D\], got \[3, 7, 8\]",
+    ),
+    "attention-k-dtype": (
+        lambda: tokred.attention(Q, K.half(), K),
+        r"attention: k must be float32 as q, got float16",
+    ),
+    "attention-k-shape": (
+        lambda: tokred.attention(Q, K[:, :2], K),
+        r"attention: k must be \[B, H, N, D\] = \[2, 3, 7, 8\], got \[2, 2, 7, 8\]",
+    ),
+    "attention-v-dtype": (
+        lambda: tokred.attention(Q.half(), K.half(), K),
+        r"attention: v must be float16 as q, got float32",
+    ),
+    "attention-v-shape": (
+        lambda: tokred.attention(Q, K, Q),
+        r"attention: v must be \[B, H, N, D\] = \[2, 3, 7, 8\], got \[2, 3, 5, 8\]",
+    ),
+    "attention-v-rank": (
+        lambda: tokred.attention(Q, K, K[0]),
+        r"attention: v must be \[B, H, N, D\] = \[2, 3, 7, 8\], got \[3, 7, 8\]",
+    ),
+    "attention-size-shape": (
+        lambda: tokred.attention(Q, K, K, S[:, :5]),
+        r"attention: size must be \[B, N\] = \[2, 7\], got \[2, 5\]",
+    ),
+    "attention-size-dtype": (
+        lambda: tokred.attention(Q, K, K, S.bool()),
+        r"attention: size must be float32, .*, got bool",
+    ),
+    "attention-scores": (
+        lambda: tokred.attention(Q, K, K, scores="max"),
+        r'attention: scores must be "none", "cls" or "mean", got "max"',
+    ),
+    "attention_scores-none": (
+        lambda: tokred.attention_scores(Q, K, scores="none"),
+        r'attention_scores: scores must be "cls" or "mean", got "none"',
+    ),
+    "attention_scores-k-shape": (
+        lambda: tokred.attention_scores(Q, K[:1]),
+        r"attention_scores: k must be \[B, H, N, D\] = \[2, 3, 7, 8\], got \[1, 3, 7, 8\]",
+    ),
+    "attention_scores-size": (
+        lambda: tokred.attention_scores(Q, K, S.long()),
+        r"attention_scores: size must be float32, .*, got int64",
+    ),
+    "attention_backward-v-shape": (
+        lambda: BACK(Q, None, Q, K, Q, Q),
+        r"attention_backward: v must be \[B, H, N, D\] = \[2, 3, 7, 8\], got \[2, 3, 5, 8\]",
+    ),
+    "attention_backward-grad_out-shape": (
+        lambda: BACK(K, None, Q, K, K, Q),
+        r"attention_backward: grad_out must be \[B, H, N, D\] = \[2, 3, 5, 8\], got \[2, 3, 7, 8\]",
+    ),
+    "attention_backward-grad_out-dtype": (
+        lambda: BACK(Q.double(), None, Q, K, K, Q),
+        r"attention_backward: grad_out must be float32 as q, got float64",
+    ),
+    "attention_backward-out": (
+        lambda: BACK(None, None, Q, K, K, K),
+        r"attention_backward: out must be \[B, H, N, D\] = \[2, 3, 5, 8\], got \[2, 3, 7, 8\]",
+    ),
+    "attention_backward-grad_scores-shape": (
+        lambda: BACK(None, S[:, :5], Q, K, K, Q, scores="cls"),
+        r"attention_backward: grad_scores must be \[B, N\] = \[2, 7\], got \[2, 5\]",
+    ),
+    "attention_backward-grad_scores-none": (
+        lambda: BACK(None, S, Q, K, K, Q),
+        r"attention_backward: grad_scores must be \[B, N\] = \[2, 0\], got \[2, 7\]",
+    ),
+    "attention_backward-grad_scores-dtype": (
+        lambda: BACK(None, S.int(), Q, K, K, Q, scores="mean"),
+        r"attention_backward: grad_scores must be float32, .*, got int32",
+    ),
+    "attention_backward-scores": (
+        lambda: BACK(Q, None, Q, K, K, Q, scores="row"),
+        r'attention_backward: scores must be "none", "cls" or "mean", got "row"',
+    ),
 }
 
 
@@ -158,6 +257,8 @@ def test_refuses_tensors_that_are_not_dense(bad, got):
         ("match_merge", "x", lambda t: tokred.match_merge(t, K, 1)),
         ("topk", "score", lambda t: tokred.topk(t, 1)),
         ("topk_gather", "x", lambda t: tokred.topk_gather(t, S, 1)),
+        ("attention", "q", lambda t: tokred.attention(t, K, K)),
+        ("attention_scores", "q", lambda t: tokred.attention_scores(t, K)),
     ]:
         with pytest.raises(RuntimeError, match=f"{op}: {argument} must be a dense tensor, got {got}"):
             call(bad())
@@ -168,6 +269,10 @@ def test_refuses_a_mix_of_devices():
         tokred.merge(X.to("meta"), A, 3)
     with pytest.raises(RuntimeError, match="topk_gather: score must be on meta, got cpu"):
         tokred.topk_gather(X.to("meta"), S, 3)
+    with pytest.raises(RuntimeError, match="attention: k must be on meta, got cpu"):
+        tokred.attention(Q.to("meta"), K, K)
+    with pytest.raises(RuntimeError, match="attention: size must be on meta, got cpu"):
+        tokred.attention(*[t.to("meta") for t in (Q, K, K)], S)
 
 
 @pytest.mark.parametrize("bad", [-2, 3, 2**31 - 1, -(2**31)])

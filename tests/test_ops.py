@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import MATCH_CASES, MERGE_CASES
+from cases import ISAS, MATCH_CASES, MERGE_CASES
 from oracle import check_assign, check_merge, same
 
 import tokred_kernels as tokred
@@ -174,7 +174,7 @@ def test_cpu_reads_no_further_than_the_last_rank_in_float64():
     """Regression: 5 rows in AVX2's 4 lanes of double were ranked with 2 lanes of uninitialised memory."""
     case = next(c for c in MATCH_CASES if c.N == 9 and c.D == 3)
     metric = case.metric().double()
-    for isa in ("avx512", "avx2", "portable"):
+    for isa in ISAS:
         try:
             with tokred.use_backend("cpu", isa=isa):
                 assign = tokred.match(metric, case.r, case.p)

@@ -122,6 +122,7 @@ __global__ void __launch_bounds__(kAttentionThreads, attention_blocks<T>(kWidth,
             if (key < g.N) g.partial[head * g.N + key] = s[j][e / 2][e % 2];
           }
       }
+      __syncwarp();  // tensor cores need the whole warp at once
       if (!g.out) continue;
 #pragma unroll
       for (int j = 0; j < kTiles; ++j)

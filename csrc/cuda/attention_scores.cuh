@@ -23,18 +23,17 @@ __global__ void __launch_bounds__(kAttentionThreads, 4) column_kernel(const Atte
 
   float columns[2 * kColumnTiles][2] = {};
   for (int64_t first = warp * kQueryTile; first < g.Nq; first += kAttentionWarps * kQueryTile) {
-    stage_queries<kWidth>(g, head, first, queries);
-    const QueryTile<T, kWidth> tile(queries);
-    float highest[2] = {}, inverse[2] = {};
+    RowStatistics of_row[2] = {};
     bool is_there[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int64_t row = first + lane / 4 + 8 * r;
       is_there[r] = row < g.Nq;
-      if (!is_there[r]) continue;
-      const RowStatistics of_row = g.rows[head * g.Nq + row];
-      highest[r] = of_row.highest, inverse[r] = of_row.inverse;
+      if (is_there[r]) of_row[r] = g.rows[head * g.Nq + row];
     }
+    const float highest[2] = {of_row[0].highest, of_row[1].highest};
+    stage_queries<kWidth>(g, head, first, queries);
+    const QueryTile<T, kWidth> tile(queries);
 #pragma unroll
     for (int j = 0; j < kColumnTiles; ++j) {
       float s[2][4];
@@ -43,7 +42,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 4) column_kernel(const Atte
       chunk.exponentiate(j, g.scale, highest, s);
 #pragma unroll
       for (int e = 0; e < 8; ++e)
-        if (is_there[e / 2 % 2]) columns[2 * j + e / 4][e % 2] += s[e / 4][e % 4] * inverse[e / 2 % 2];
+        if (is_there[e / 2 % 2]) columns[2 * j + e / 4][e % 2] += s[e / 4][e % 4] * of_row[e / 2 % 2].inverse;
     }
   }
   write_columns<kColumnTiles>(columns, reinterpret_cast<float*>(queries),

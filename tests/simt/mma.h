@@ -2,6 +2,7 @@
 // their sum is a double rounded once; how tensor cores round theirs is not documented.
 #pragma once
 #include <cmath>
+#include <stdexcept>
 #include <type_traits>
 
 namespace tokred {
@@ -14,21 +15,22 @@ T half_of(unsigned word, int i) {
   return value;
 }
 
+// A lane reads the row whose address it gives, so that ThreadSanitizer knows who did.
 template <bool kTransposed, typename T>
 void load_matrices(const T* row, unsigned (&m)[4], const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  if (uintptr_t(row) % 16) throw std::runtime_error("simt: ldmatrix of a row that is not aligned");
   simt::Words mine = {};
-  memcpy(&mine, &row, sizeof row);
+  memcpy(mine.word, row, 16);
   const simt::Words* all = simt::gather(mine, {file, line});
   const int g = simt::lane() / 4, t = simt::lane() % 4;
   for (int i = 0; i < 4; ++i) {
-    uint16_t pair[2];
-    for (int e = 0; e < 2; ++e) {
-      const T* from;
-      memcpy(&from, &all[8 * i + (kTransposed ? 2 * t + e : g)], sizeof from);
-      if (uintptr_t(from) % 16) throw std::runtime_error("simt: ldmatrix of a row that is not aligned");
-      memcpy(&pair[e], from + (kTransposed ? g : 2 * t + e), sizeof pair[e]);
+    const simt::Words* rows = all + 8 * i;
+    if (kTransposed) {
+      const unsigned low = rows[2 * t].word[g / 2] >> 16 * (g % 2), high = rows[2 * t + 1].word[g / 2] >> 16 * (g % 2);
+      m[i] = (low & 0xffff) | high << 16;
+    } else {
+      m[i] = rows[g].word[t];
     }
-    m[i] = pair[0] | unsigned(pair[1]) << 16;
   }
 }
 

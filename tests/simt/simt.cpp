@@ -166,17 +166,19 @@ bool release_warps() {
 void wait(State state, unsigned mask, Site site, void* key) {
   Fiber& f = s.fibers[s.current];
   f.state = state, f.mask = mask, f.site = site;
-  release(key);
+  if (key) release(key);
   yield();
-  acquire(key);
+  if (key) acquire(key);
 }
 
-void wait_warp(unsigned mask, Site site) {
+// Shuffles, ballots and tensor cores hand over registers: only __syncwarp also orders memory.
+void wait_warp(unsigned mask, Site site, bool orders) {
   if (!(mask >> lane() & 1)) {
     s.error = "simt: a lane is not in its own mask";
     yield();
   }
-  wait(State::kAtWarpBarrier, mask, site, warp_keys + s.current / kWarp * kWarp + __builtin_ctz(mask));
+  char* key = warp_keys + s.current / kWarp * kWarp + __builtin_ctz(mask);
+  wait(State::kAtWarpBarrier, mask, site, orders ? key : nullptr);
 }
 
 void start(int thread) {
@@ -234,21 +236,21 @@ void block_barrier(Site site) { wait(State::kAtBlockBarrier, 0, site, &block_key
 uint64_t exchange(unsigned mask, uint64_t value, int source, Site site) {
   Fiber& f = s.fibers[s.current];
   f.given = value, f.source = source, f.vote = f.gathers = false;
-  wait_warp(mask, site);
+  wait_warp(mask, site, false);
   return f.received;
 }
 
-unsigned ballot(unsigned mask, bool vote, Site site) {
+unsigned ballot(unsigned mask, bool vote, bool orders, Site site) {
   Fiber& f = s.fibers[s.current];
   f.vote = vote, f.source = lane(), f.gathers = false;
-  wait_warp(mask, site);
+  wait_warp(mask, site, orders);
   return f.votes;
 }
 
 const Words* gather(const Words& mine, Site site) {
   Fiber& f = s.fibers[s.current];
   f.words = mine, f.source = lane(), f.vote = false, f.gathers = true;
-  wait_warp(~0u, site);
+  wait_warp(~0u, site, false);
   return s.gathered[s.current / kWarp];
 }
 

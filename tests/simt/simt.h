@@ -45,7 +45,8 @@ struct Site {
 void block_barrier(Site site);
 // Waits for the lanes of the mask at the same site; returns what lane `source` of the warp gave.
 uint64_t exchange(unsigned mask, uint64_t value, int source, Site site);
-unsigned ballot(unsigned mask, bool vote, Site site);
+// orders: memory too, as __syncwarp does.
+unsigned ballot(unsigned mask, bool vote, bool orders, Site site);
 struct Words {
   unsigned word[6];
 };
@@ -65,11 +66,11 @@ inline void __syncthreads(const char* file = __builtin_FILE(), int line = __buil
   simt::block_barrier({file, line});
 }
 inline void __syncwarp(unsigned mask = ~0u, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
-  simt::ballot(mask, false, {file, line});
+  simt::ballot(mask, false, true, {file, line});
 }
 inline unsigned __ballot_sync(unsigned mask, bool vote, const char* file = __builtin_FILE(),
                               int line = __builtin_LINE()) {
-  return simt::ballot(mask, vote, {file, line});
+  return simt::ballot(mask, vote, false, {file, line});
 }
 template <typename T>
 T __shfl_sync(unsigned mask, T value, int lane, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {

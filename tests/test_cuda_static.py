@@ -44,6 +44,21 @@ EXPECTED = {
        (256, 4, {"LDG.E.128": 4, "STG.E.128": 4, "FFMA": 32 // s, "VOTE": 8})
        for t, s in (("float", 4), ("half", 2), ("bfloat16", 2))},
     **{("topk_gather", f"topk_gather_kernel<{t},1>"): (256, 4, {"VOTE": 8}) for t in ("float", "half", "bfloat16")},
+    # attention_kernel<*, width, key tiles, resident, mean>: a tensor core product is 16 rows, 8 columns and 16 deep.
+    **{("attention", f"attention_kernel<{t},{w},{n},{r},{m}>"): (128, b, {"HMMA": n * w // 4, "LDSM": n * w // 8})
+       for t in ("half", "bfloat16")
+       for w, n, r, m, b in ((64, 7, "true", "false", 4), (64, 7, "true", "true", 3), (64, 13, "true", "false", 3),
+                             (64, 13, "true", "true", 2), (64, 16, "true", "false", 2), (32, 4, "false", "false", 4),
+                             (64, 4, "false", "false", 4), (80, 4, "false", "false", 3), (96, 4, "false", "false", 3),
+                             (128, 4, "false", "false", 2))},
+    **{("attention", f"attention_kernel<float,{w},2,false,false>"): (128, b, {"FFMA": 2 * 8 * w, "LDS.128": 12})
+       for w, b in ((32, 4), (64, 3), (80, 3), (96, 3), (128, 2))},
+    **{("attention", f"column_kernel<{t},{w}>"): (128, 4, {"HMMA": w // 2, "LDSM": w // 4 + w // 16})
+       for t in ("half", "bfloat16") for w in (32, 64, 80, 96, 128)},
+    **{("attention", f"column_kernel<float,{w}>"): (128, 4, {"FFMA": 128, "LDS.128": 12})
+       for w in (32, 64, 80, 96, 128)},
+    **{("attention", f"cls_kernel<{t}>"): (256, 2, {"FFMA": 64, "LDG.E.128": 8}) for t in ("float", "half", "bfloat16")},
+    ("attention", "head_mean_kernel"): (256, 8, {"STG": 1}),
 }  # fmt: skip
 
 
@@ -73,7 +88,7 @@ def kernels():
     if torch.version.cuda is None:
         pytest.skip("this torch has no CUDA headers")
     found = {}
-    for name in ("match", "merge", "unmerge", "topk", "topk_gather"):
+    for name in sorted({file for file, _ in EXPECTED}):
         for arch, text in _disassembled(name, tools).items():
             for kernel, facts in _parse(text).items():
                 found[name, kernel, arch] = facts

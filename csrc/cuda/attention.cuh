@@ -1,5 +1,30 @@
 // attention: out = p v,  p_ij = size_j exp(s_ij) / sum_j size_j exp(s_ij),  s = scale q k^T; with p's first row or its
 // column sums as by-products.
+//
+// attention_kernel: a block takes a head; each of its four warps has 16 query rows, whose logits, probabilities and out
+// stay in registers, and meets keys and values in shared memory.
+//   resident  all keys are one chunk, read once for every query row of the head. p is exact before it is used, so CLS
+//   row
+//             and column sums (in registers, then over the warps in order) cost no further pass.
+//   streamed  chunks of 64 keys (float32: 32) with a running maximum and sum; a block has 64 query rows and finds the
+//             keys of its head in L2. The scores are attention_scores.cuh's.
+// p is rounded to the inputs' dtype for p v alone, when it is already normalised: sizes of 1e6 do not overflow float16.
+// No atomics; every sum has one order, whatever the batch.
+//
+// Floor, DeiT-S B=256 N=197 H=6 D=64 bf16: q, k, v and out 154.8 MB = 36 us at 4.3 TB/s, partial 1.2 MB more; 15.3
+// GFLOP = 19 us at 790 TFLOP/s, 17.0 with the 208 keys of 13 tiles.
+//
+//   sm_90, half precision          registers   blocks an SM   shared memory
+//   <*, 64, 7, resident>                 116              4           41 KB
+//   <*, 64, 7, resident, mean>           148              3
+//   <*, 64, 13, resident>                164              3           69 KB
+//   <*, 64, 13, resident, mean>          238              2
+//   <*, 64, 16, resident>                208              2           83 KB
+//   <*, 32, 4>                           106              4           16 KB
+//   <*, 64, 4>                     120 - 122              4           28 KB
+//   <*, 80 and 96, 4>              129 - 160              3   34 and 39 KB
+//   <*, 128, 4>                          168              3           51 KB
+//   float32, <float, 32 .. 128, 2>  128 - 168         4 - 3   18 .. 66 KB
 #pragma once
 #include "attention_tile.cuh"
 
@@ -27,16 +52,29 @@ __host__ __device__ constexpr int attention_blocks(int width, int tiles, bool re
   return width <= (sizeof(T) == 2 ? 64 : 32) ? 4 : width <= 96 ? 3 : 2;
 }
 
+// Columns 8 d + 2 t and the next of an output row, which for r = 1 are the lower half of the accumulators.
+template <int kWidth, typename T>
+__device__ __forceinline__ void write_row(const AttentionBatch& g, int64_t head, int64_t row, int r,
+                                          const float (&out)[kWidth / 8][4]) {
+  T* to = static_cast<T*>(g.out) + ((head / g.H * g.Nq + row) * g.H + head % g.H) * g.D + threadIdx.x % 4 * 2;
+#pragma unroll
+  for (int d = 0; d < kWidth / 8; ++d) {
+    Pack<T, 2> pair;
+    from_float(out[d][2 * r], pair.e[0]), from_float(out[d][2 * r + 1], pair.e[1]);
+    if (8 * d < g.D) *reinterpret_cast<Pack<T, 2>*>(to + 8 * d) = pair;
+  }
+}
+
 // kResident: all keys are one chunk, staged once for every query row of the block. kMean: partial gets column sums.
 template <typename T, int kWidth, int kTiles, bool kResident, bool kMean>
 __global__ void __launch_bounds__(kAttentionThreads, attention_blocks<T>(kWidth, kTiles, kResident, kMean))
     attention_kernel(const AttentionBatch g, const int parts) {
-  using Chunk = KeyChunk<T, kWidth, kTiles>;
+  using Chunk = KeyChunk<T, kWidth, kTiles, true>;
   constexpr int kPitch = kRowPitch<T, kWidth>, kLeast = kResident ? least_tiles(kTiles) : 1;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int64_t head = blockIdx.x / unsigned(parts);
-  const Chunk chunk(shared_memory(), true);
-  T* queries = reinterpret_cast<T*>(shared_memory() + Chunk::bytes(true)) + warp * kQueryTile * kPitch;
+  const Chunk chunk(shared_memory());
+  T* queries = reinterpret_cast<T*>(shared_memory() + Chunk::kBytes) + warp * kQueryTile * kPitch;
   float columns[kMean ? 2 * kTiles : 1][2] = {};
   if constexpr (kResident) {
     chunk.stage(g, head, 0);
@@ -132,17 +170,8 @@ __global__ void __launch_bounds__(kAttentionThreads, attention_blocks<T>(kWidth,
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int64_t row = first + lane / 4 + 8 * r;
-      if (row >= g.Nq) continue;
-      if (!kResident && g.rows && lane % 4 == 0) g.rows[head * g.Nq + row] = {offset[r], inverse[r]};
-      if (!g.out) continue;
-      T* to = static_cast<T*>(g.out) + ((head / g.H * g.Nq + row) * g.H + head % g.H) * g.D + lane % 4 * 2;
-#pragma unroll
-      for (int d = 0; d < kWidth / 8; ++d) {
-        if (8 * d >= g.D) continue;
-        Pack<T, 2> pair;
-        from_float(out[d][2 * r], pair.e[0]), from_float(out[d][2 * r + 1], pair.e[1]);
-        *reinterpret_cast<Pack<T, 2>*>(to + 8 * d) = pair;
-      }
+      if (row < g.Nq && !kResident && g.rows && lane % 4 == 0) g.rows[head * g.Nq + row] = {offset[r], inverse[r]};
+      if (row < g.Nq && g.out) write_row<kWidth, T>(g, head, row, r, out);
     }
   }
   if constexpr (kMean)
@@ -162,7 +191,7 @@ void with_width(int D, F&& f) {
 
 template <typename T, int kWidth, int kTiles, bool kResident, bool kMean, typename Launch>
 void launch_attention_kernel(const AttentionBatch& g, int parts, Launch&& launch) {
-  constexpr int64_t kShared = KeyChunk<T, kWidth, kTiles>::bytes(true) + query_bytes<T, kWidth>();
+  constexpr int64_t kShared = KeyChunk<T, kWidth, kTiles, true>::kBytes + query_bytes<T, kWidth>();
   launch(attention_kernel<T, kWidth, kTiles, kResident, kMean>, g.B * g.H * parts, kAttentionThreads, kShared, g,
          parts);
 }

@@ -53,7 +53,7 @@ constexpr int kRowPitch = kWidth + 16 / int(sizeof(T));
 
 // Shared memory of the query tiles of a block.
 template <typename T, int kWidth>
-constexpr int64_t query_bytes() {
+__host__ __device__ constexpr int64_t query_bytes() {
   return int64_t(kAttentionWarps) * kQueryTile * kRowPitch<T, kWidth> * sizeof(T);
 }
 
@@ -101,20 +101,17 @@ __device__ __forceinline__ void stage_queries(const AttentionBatch& g, int64_t h
   __syncwarp();
 }
 
-// A chunk of keys, their values and what their mask says.
-template <typename T, int kWidth, int kTiles>
+// A chunk of keys, with kValues their values, and what their mask says.
+template <typename T, int kWidth, int kTiles, bool kValues>
 struct KeyChunk {
   static constexpr int kKeys = kKeyTile * kTiles, kPitch = kRowPitch<T, kWidth>;
-  T *k, *v;  // v null: keys alone
+  static constexpr int64_t kBytes = kKeys * ((1 + kValues) * kPitch * int64_t(sizeof(T)) + 2 * int64_t(sizeof(float)));
+  T *k, *v;
   float *factor, *cap;
 
-  static constexpr int64_t bytes(bool values) {
-    return int64_t(kKeys) * ((1 + values) * kPitch * sizeof(T) + 2 * sizeof(float));
-  }
-
-  __device__ __forceinline__ KeyChunk(unsigned char* shared, bool values) {
+  __device__ __forceinline__ explicit KeyChunk(unsigned char* shared) {
     factor = reinterpret_cast<float*>(shared), cap = factor + kKeys;
-    k = reinterpret_cast<T*>(cap + kKeys), v = values ? k + kKeys * kPitch : nullptr;
+    k = reinterpret_cast<T*>(cap + kKeys), v = k + kKeys * kPitch;
   }
 
   __device__ __forceinline__ void stage(const AttentionBatch& g, int64_t head, int first) const {
@@ -122,7 +119,7 @@ struct KeyChunk {
     const float* size = g.size ? g.size + head / g.H * g.N + first : nullptr;
     stage_rows<kWidth, kAttentionThreads>(g, g.key<T>(head, first), g.k_n, kKeys, count, false, k,
                                           [](int) { return true; });
-    if (v && g.out)  // 0 times a NaN would be one
+    if (kValues && g.out)  // 0 times a NaN would be one
       stage_rows<kWidth, kAttentionThreads>(g, g.value<T>(head, first), g.v_n, kKeys, count, false, v,
                                             [&](int j) { return !size || size[j] > 0; });
     for (int j = threadIdx.x; j < kKeys; j += kAttentionThreads) {

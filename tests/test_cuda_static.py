@@ -57,7 +57,8 @@ EXPECTED = {
        for t in ("half", "bfloat16") for w in (32, 64, 80, 96, 128)},
     **{("attention", f"column_kernel<float,{w}>"): (128, 4, {"FFMA": 128, "LDS.128": 12})
        for w in (32, 64, 80, 96, 128)},
-    **{("attention", f"cls_kernel<{t}>"): (256, 2, {"FFMA": 64, "LDG.E.128": 8}) for t in ("float", "half", "bfloat16")},
+    **{("attention", f"cls_kernel<{t}>"): (256, 2, {"FFMA": 64, "LDG.E.128": 8})
+       for t in ("float", "half", "bfloat16")},
     ("attention", "head_mean_kernel"): (256, 8, {"STG": 1}),
 }  # fmt: skip
 

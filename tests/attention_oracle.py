@@ -98,10 +98,11 @@ def _error(got: Tensor, want: np.ndarray) -> float:
 
 
 def _units(want: Exact, q: Tensor) -> float:
-    """One float32 unit each for p and the sum, and the logits' error, which p is the exponential of: D products added
-    in turn are off by about sqrt(D) roundings of 0.29 units each, and a unit of +-1e4 is 1e4 of 1."""
+    """One float32 unit for p, one for its quotient; the sum of N masses, and the logits, which p is the exponential of.
+    n numbers added in turn are off by about sqrt(n) roundings of 0.29 units each; a unit of +-1e4 is 1e4 of 1."""
     unit = torch.finfo(torch.float64 if q.dtype == torch.float64 else torch.float32).eps
-    return unit * (2 + want.logit * max(1, q.shape[3] ** 0.5 / 4))
+    N, D = want.p.shape[3], q.shape[3]
+    return unit * (2 + N**0.5 / 4 + want.logit * max(1, D**0.5 / 4))
 
 
 def bounds(want: Exact, q: Tensor, k: Tensor, v: Tensor, size: Tensor | None, *, scale=None, scores="none"):

@@ -67,9 +67,8 @@ class AttentionHead {
         total_(scratch_.template take<T>(rows_)),
         running_(scratch_.template take<T>(one_block_ ? 0 : rows_ * Dp_)) {}
 
-  // Work is numbered (image, head, chunk), the chunk fastest. False: the products cannot take these values, and
-  // nothing that was written counts.
-  bool run(int64_t unit) {
+  // Work is numbered (image, head, chunk), the chunk fastest.
+  void run(int64_t unit) {
     const int64_t chunk = unit % a_.chunks, head = unit / a_.chunks;
     b_ = head / a_.H, h_ = head % a_.H;
     first_ = chunk * a_.chunk_rows;
@@ -81,17 +80,15 @@ class AttentionHead {
     }
     memset(column_, 0, columns_ * sizeof(T));
     if (one_block_) {
-      if (head != packed_ && !pack(0)) return false;
+      if (head != packed_) pack(0);
       packed_ = head;
-      for (int64_t i = first_; i < last_; i += kTile)
-        if (!tile(i, 0, true, true)) return false;
+      for (int64_t i = first_; i < last_; i += kTile) tile(i, 0, true, true);
       if (mean) add_columns();
-      return true;
+      return;
     }
     for (int64_t j = 0; j < a_.N; j += kKeyBlock) {
-      if (!pack(j)) return false;
-      for (int64_t i = first_; i < last_; i += kTile)
-        if (!tile(i, i - first_, j == 0, j + kKeyBlock >= a_.N)) return false;
+      pack(j);
+      for (int64_t i = first_; i < last_; i += kTile) tile(i, i - first_, j == 0, j + kKeyBlock >= a_.N);
     }
     if (mean || cls)
       for (int64_t j = 0; j < a_.N; j += kKeyBlock) {  // the logits again, now that m and l are known
@@ -99,12 +96,11 @@ class AttentionHead {
         for (int64_t i = first_; i < (cls ? first_ + 1 : last_) && i < last_; i += kTile) emit_again(i, i - first_);
         if (mean) add_columns();
       }
-    return true;
   }
 
  private:
   // The keys from j on that are not masked, and their values.
-  bool pack(int64_t j) {
+  void pack(int64_t j) {
     const int64_t count = a_.N - j < block_ ? a_.N - j : block_;
     const E* k = static_cast<const E*>(a_.k.data) + b_ * a_.k.s_b + h_ * a_.k.s_h + j * a_.k.s_n;
     const E* v = static_cast<const E*>(a_.v.data) + b_ * a_.v.s_b + h_ * a_.v.s_h + j * a_.v.s_n;
@@ -117,16 +113,15 @@ class AttentionHead {
       if (size) size_[n_] = size[i];
       index_[n_++] = int32_t(j + i);
     }
-    packed_ = -1;
-    return products_.finish(n_);
+    products_.finish(n_);
   }
 
-  bool set_queries(int64_t i, int64_t count) {
+  void set_queries(int64_t i, int64_t count) {
     const E* q = static_cast<const E*>(a_.q.data) + b_ * a_.q.s_b + h_ * a_.q.s_h + i * a_.q.s_n;
-    return products_.set_queries(q, a_.q.s_n, count);
+    products_.set_queries(q, a_.q.s_n, count);
   }
 
-  bool tile(int64_t i, int64_t row, bool first, bool last) {
+  void tile(int64_t i, int64_t row, bool first, bool last) {
     if (last_ - i <= W) return tile_of<1>(i, row, first, last);
     if (last_ - i <= 2 * W) return tile_of<2>(i, row, first, last);
     return tile_of<kQueryVectors>(i, row, first, last);
@@ -135,9 +130,9 @@ class AttentionHead {
   // Queries i .. against the packed keys, the first and last block of them or one between; their running rows are
   // highest_, total_, running_ from `row` on.
   template <int kVectors>
-  bool tile_of(int64_t i, int64_t row, bool first, bool last) {
+  void tile_of(int64_t i, int64_t row, bool first, bool last) {
     const int64_t count = last_ - i < kTile ? last_ - i : kTile;
-    if (!set_queries(i, count)) return false;
+    set_queries(i, count);
     Vec<T> m[kVectors], before[kVectors], l[kVectors] = {};
     for (int u = 0; u < kVectors; ++u) m[u] = before[u] = first ? splat(lowest<T>()) : load(highest_ + row + u * W);
     products_.template logits<kVectors>(n_, factor_, mass_, m);
@@ -154,7 +149,7 @@ class AttentionHead {
       store(share + u * W, shares<T>(l[u], count - u * W));
     }
     if (one_block_) emit<kVectors>(i, share);
-    if (!a_.with_values) return true;
+    if (!a_.with_values) return;
     E* out = static_cast<E*>(a_.out) + ((b_ * a_.Nq + i) * a_.H + h_) * a_.D;
     products_.values(n_, mass_, count, [&](int64_t t, int64_t d, Vec<T> sum) __attribute__((always_inline)) {
       T* running = running_ + (row + t) * Dp_ + d;
@@ -166,7 +161,6 @@ class AttentionHead {
       else if (d < a_.D)
         store_first(out + t * a_.H * a_.D + d, sum * share[t], a_.D - d);
     });
-    return true;
   }
 
   // mass_ = 2^(factor logit - m) size; l becomes the sum of each query.

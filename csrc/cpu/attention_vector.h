@@ -10,7 +10,8 @@ class VectorProducts {
   static int64_t padded_rows(int64_t keys) { return round_up(keys, kKeyRows); }
   static int64_t bytes(const AttentionBatch& a, int64_t keys) {
     const int64_t Dp = round_up(a.D, W);
-    return Scratch::bytes<T>(padded_rows(keys) * Dp) + Scratch::bytes<T>(keys * Dp) + Scratch::bytes<T>(Dp * kTile) * 2;
+    return Scratch::bytes<T>(padded_rows(keys) * Dp) + Scratch::bytes<T>(keys * Dp) + Scratch::bytes<T>(Dp * kTile) +
+           Scratch::bytes<T>(Dp * W);
   }
   VectorProducts(const AttentionBatch& a, int64_t keys, Scratch& scratch)
       : D_(a.D),
@@ -19,7 +20,7 @@ class VectorProducts {
         keys_(scratch.template take<T>(padded_rows(keys) * Dp_)),
         values_(scratch.template take<T>(keys * Dp_)),
         queries_(scratch.template take<T>(Dp_ * kTile)),
-        rows_(scratch.template take<T>(Dp_ * kTile)) {}
+        rows_(scratch.template take<T>(Dp_ * W)) {}
 
   void add_key(int64_t n, const E* k) { widen_row(k, D_, Dp_, keys_ + n * Dp_); }
   // In panels of kPanel columns, [keys][kPanel]; the last may be narrower.
@@ -29,21 +30,22 @@ class VectorProducts {
       widen_row(v + d, D < width ? D : width, width, values_ + d * keys_n_ + n * width);
     }
   }
-  bool finish(int64_t n) {
-    memset(keys_ + n * Dp_, 0, (padded_rows(n) - n) * Dp_ * sizeof(T));
-    return true;
-  }
+  void finish(int64_t n) { memset(keys_ + n * Dp_, 0, (padded_rows(n) - n) * Dp_ * sizeof(T)); }
 
   // queries_ [Dp][kTile]; those beyond `count` are 0 up to a whole vector.
-  bool set_queries(const E* q, int64_t s_n, int64_t count) {
-    for (int64_t t = 0; t < round_up(count, W); ++t)
-      if (t < count)
-        widen_row(q + t * s_n, D_, Dp_, rows_ + t * Dp_);
-      else
-        memset(rows_ + t * Dp_, 0, Dp_ * sizeof(T));
-    for (int64_t d = 0; d < Dp_; d += W)
-      for (int64_t t = 0; t < count; t += W) transpose<T>(rows_ + t * Dp_ + d, Dp_, queries_ + d * kTile + t, kTile);
-    return true;
+  void set_queries(const E* q, int64_t s_n, int64_t count) {
+    for (int64_t t = 0; t < count; t += W) {
+      const T* rows = rows_;
+      int64_t s_row = Dp_;
+      if constexpr (sizeof(E) == sizeof(T))
+        if (t + W <= count && D_ == Dp_) rows = q + t * s_n, s_row = s_n;  // as they are
+      for (int64_t i = 0; rows == rows_ && i < W; ++i)
+        if (t + i < count)
+          widen_row(q + (t + i) * s_n, D_, Dp_, rows_ + i * Dp_);
+        else
+          memset(rows_ + i * Dp_, 0, Dp_ * sizeof(T));
+      for (int64_t d = 0; d < Dp_; d += W) transpose<T>(rows + d, s_row, queries_ + d * kTile + t, kTile);
+    }
   }
 
   // logits [n, padded][kTile] = k q^T; m becomes the largest factor * logit of each query, and m.

@@ -1,5 +1,5 @@
-// The CPU kernels for x86 processors with AVX-512 and the matrix units of AMX: attention of float32 and bfloat16; the
-// rest is AVX-512's.
+// The CPU kernels for x86 processors with AVX-512 and the matrix units of AMX: attention of bfloat16; the rest is
+// AVX-512's.
 #include "image.h"
 
 #if defined(__x86_64__)

@@ -51,16 +51,21 @@ constexpr double kLog2E = 1.4426950408889634;
 // The minimax polynomial of degree 6 for 2^f, |f| <= 1/2: relative error 2e-9, 8e-8 after the rounding of float.
 constexpr float kExp2[] = {1.0f, 0.69314718f, 0.24022646f, 0.055503286f, 0.0096184816f, 0.0013399953f, 0.0001534741f};
 
-// 2^x for x <= 0 (as every exponent of a softmax is); exactly 0 from 2^-127 down, -inf included; NaN stays NaN.
+// 2^x = 2^n 2^f for x <= 0 (as every exponent of a softmax is), n the nearest integer; exactly 0 for -inf, NaN stays
+// NaN.
 inline Vec<float> exp2_lanes(Vec<float> x) {
-  x = maximum(splat(-127.0f), x);
+  x = maximum(splat(-200.0f), x);
   const Vec<float> n = (x + 12582912.0f) - 12582912.0f;  // 1.5 2^23: the sum has no bits below 1
   const Vec<float> f = x - n;
   Vec<float> p = splat(kExp2[6]);
 #pragma GCC unroll 6
   for (int i = 5; i >= 0; --i) p = p * f + kExp2[i];
+#if defined(TOKRED_AVX512)
+  return (Vec<float>)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
   const Index<float> exponent = __builtin_convertvector(n, Index<float>) + 127;
-  return p * (Vec<float>)(exponent << 23);
+  return p * (Vec<float>)((exponent < 0 ? Index<float>{} : exponent) << 23);  // below 2^-126: 0
+#endif
 }
 inline Vec<double> exp2_lanes(Vec<double> x) {
   for (int l = 0; l < kLanes<double>; ++l) x[l] = exp2(x[l]);

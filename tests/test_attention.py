@@ -36,9 +36,7 @@ def assert_same(tensors, others) -> None:
 
 
 @by_id(ALL_CASES)
-def test_attention_and_its_scores_alone(case, backend, poisoned, request):
-    if case.trap in ("late-mass", "inf-k") and case.scores == "mean" and backend == "cpu":
-        request.applymarker(pytest.mark.xfail(reason="lanes without a query make column sums NaN"))
+def test_attention_and_its_scores_alone(case, backend, poisoned):
     inputs = *case.qkv(), case.size()
     before = copies(inputs)
     results = tokred.attention(*inputs, **case.keywords)

@@ -118,7 +118,8 @@ class AttentionGradHead {
     load_rows(g_.grad_out, i, count, out_rows_, outs_);
     product(keys_, queries_, p_);
     product(values_, outs_, ds_);
-    probabilities(count);
+    for (int u = 0; u < kQueryVectors; ++u) held_[u] = lanes_below<T>(count - u * W);
+    probabilities();
     logit_grads(i);
     const int64_t rest = round_up(n_, kKeyRows) - n_;
     memset(p_ + n_ * kTile, 0, rest * kTile * sizeof(T));
@@ -129,7 +130,7 @@ class AttentionGradHead {
   }
 
   // p_: logits to probabilities, 0 in the lanes without a query.
-  void probabilities(int64_t count) {
+  void probabilities() {
     Vec<T> m[kQueryVectors], l[kQueryVectors] = {};
     for (int u = 0; u < kQueryVectors; ++u) m[u] = splat(lowest<T>());
     for (int64_t j = 0; j < n_; ++j)
@@ -141,14 +142,20 @@ class AttentionGradHead {
         l[u] += mass;
         store(at, mass);
       }
-    for (int u = 0; u < kQueryVectors; ++u) l[u] = shares<T>(l[u], count - u * W);
+    Index<T> held[kQueryVectors];
+    for (int u = 0; u < kQueryVectors; ++u) l[u] = shares<T>(l[u]), held[u] = held_[u];
     for (int64_t j = 0; j < n_; ++j)
-      for (int u = 0; u < kQueryVectors; ++u) store(p_ + j * kTile + u * W, load(p_ + j * kTile + u * W) * l[u]);
+      for (int u = 0; u < kQueryVectors; ++u) {
+        T* at = p_ + j * kTile + u * W;
+        store(at, held[u] ? load(at) * l[u] : Vec<T>{});
+      }
   }
 
   // ds_: dout v^T to ds.
   void logit_grads(int64_t i) {
     Vec<T> mean[kQueryVectors] = {}, reached[kQueryVectors] = {};  // which lanes the scores came from
+    Index<T> held[kQueryVectors];
+    for (int u = 0; u < kQueryVectors; ++u) held[u] = held_[u];
     for (int u = 0; u < kQueryVectors; ++u)
       for (int l = 0; l < W; ++l)
         reached[u][l] = a_.scores == kScoresMean || (i == 0 && u == 0 && l == 0) ? T(1) : T(0);
@@ -162,7 +169,7 @@ class AttentionGradHead {
     for (int64_t j = 0; j < n_; ++j)
       for (int u = 0; u < kQueryVectors; ++u) {
         T* at = ds_ + j * kTile + u * W;
-        store(at, load(p_ + j * kTile + u * W) * (load(at) - mean[u]));
+        store(at, held[u] ? load(p_ + j * kTile + u * W) * (load(at) - mean[u]) : Vec<T>{});
       }
   }
 
@@ -217,6 +224,7 @@ class AttentionGradHead {
   T *keys_, *values_, *grad_keys_, *grad_values_, *p_, *ds_, *query_rows_, *queries_, *out_rows_, *outs_, *size_;
   T* emitted_;
   int32_t* index_;
+  Index<T> held_[kQueryVectors] = {};  // the lanes of this tile that hold a query
   int64_t b_ = 0, h_ = 0, n_ = 0;
 };
 

@@ -33,12 +33,18 @@ constexpr T lowest() {
   return sizeof(T) == 4 ? T(-1e38) : T(-1e308);
 }
 
-// 1 / l, 0 for a row without mass and for the lanes from `count` on, which hold no query.
+// All ones in the lanes below `count`. The others hold no query: whatever they computed must not reach a sum.
 template <class T>
-Vec<T> shares(Vec<T> l, int64_t count) {
-  Vec<T> share = l == 0 ? Vec<T>{} : 1 / l;
-  for (int64_t lane = count < 0 ? 0 : count; lane < kLanes<T>; ++lane) share[lane] = 0;
-  return share;
+Index<T> lanes_below(int64_t count) {
+  Index<T> lanes;
+  for (int l = 0; l < kLanes<T>; ++l) lanes[l] = l < count ? -1 : 0;
+  return lanes;
+}
+
+// 1 / l, 0 for a row without mass.
+template <class T>
+Vec<T> shares(Vec<T> l) {
+  return l == 0 ? Vec<T>{} : 1 / l;
 }
 
 template <class E, class Products>
@@ -146,9 +152,9 @@ class AttentionHead {
       store(highest_ + row + u * W, m[u]);
       store(total_ + row + u * W, l[u]);
       store(correction + u * W, before[u]);
-      store(share + u * W, shares<T>(l[u], count - u * W));
+      store(share + u * W, shares<T>(l[u]));
     }
-    if (one_block_) emit<kVectors>(i, share);
+    if (one_block_) emit<kVectors>(i, count, share);
     if (!a_.with_values) return;
     E* out = static_cast<E*>(a_.out) + ((b_ * a_.Nq + i) * a_.H + h_) * a_.D;
     products_.values(n_, mass_, count, [&](int64_t t, int64_t d, Vec<T> sum) __attribute__((always_inline)) {
@@ -187,13 +193,16 @@ class AttentionHead {
 
   // The scores of a tile whose masses are in mass_.
   template <int kVectors>
-  void emit(int64_t i, const T* share) {
+  void emit(int64_t i, int64_t count, const T* share) {
     if (a_.scores == kScoresCls && i == 0)
       for (int64_t j = 0; j < n_; ++j) partial_[index_[j]] = mass_[j * kTile] * share[0];
     if (a_.scores != kScoresMean) return;
+    Index<T> held[kVectors];
+    for (int u = 0; u < kVectors; ++u) held[u] = lanes_below<T>(count - u * W);
     for (int64_t j = 0; j < n_; ++j) {
       Vec<T> sum = load(column_ + j * W);
-      for (int u = 0; u < kVectors; ++u) sum += load(mass_ + j * kTile + u * W) * load(share + u * W);
+      for (int u = 0; u < kVectors; ++u)
+        sum += held[u] ? load(mass_ + j * kTile + u * W) * load(share + u * W) : Vec<T>{};
       store(column_ + j * W, sum);
     }
   }
@@ -214,11 +223,11 @@ class AttentionHead {
     T share[kTile];
     for (int u = 0; u < kVectors; ++u) {
       m[u] = seen[u] = load(highest_ + row + u * W);
-      store(share + u * W, shares<T>(load(total_ + row + u * W), count - u * W));
+      store(share + u * W, shares<T>(load(total_ + row + u * W)));
     }
     products_.template logits<kVectors>(n_, factor_, mass_, seen);
     masses<kVectors>(m, none);
-    emit<kVectors>(i, share);
+    emit<kVectors>(i, count, share);
   }
 
   // partial_ += the lanes of column_, W keys at a time: a transpose makes the sums vertical.

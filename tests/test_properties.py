@@ -120,6 +120,56 @@ def test_with_weights_of_zero_every_edge_ties(image):
     assert (assign[:, p + p % 2] == assign[:, p + 1 - p % 2]).all()
 
 
+@st.composite
+def selections(draw):
+    """(x [B, N, C], score [B, N], k, p)."""
+    x, _, k, p, _ = draw(images())
+    g = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    score = torch.rand(x.shape[:2], generator=g)
+    levels = draw(st.sampled_from([0, 1, 3, 10]))  # ties
+    return x, (score * levels).floor() / levels if levels else score, max(k, 0), p
+
+
+@given(selections())
+def test_the_kept_are_the_best_in_their_order(selection):
+    x, score, k, p = selection
+    N = x.shape[1]
+    assign = tokred.topk(score, k, p)
+    for rows, s in zip(assign, score, strict=True):
+        assert rows[rows >= 0].tolist() == list(range(min(N, p + k)))
+        kept, dropped = s[p:][rows[p:] >= 0], s[p:][rows[p:] < 0]
+        assert len(kept) == 0 or len(dropped) == 0 or kept.min() >= dropped.max()
+        tied = rows[p:][s[p:] == kept.min()] if len(kept) else rows[:0]
+        assert (tied >= 0).tolist() == sorted((tied >= 0).tolist(), reverse=True)  # the first of equal ones
+
+
+@given(selections())
+def test_one_more_kept_is_the_same_and_one_more(selection):
+    _, score, k, p = selection
+    fewer, more = tokred.topk(score, k, p) >= 0, tokred.topk(score, k + 1, p) >= 0
+    assert (fewer <= more).all()
+    assert ((more.sum(1) - fewer.sum(1)) == (k < score.shape[1] - p)).all()
+
+
+@given(selections())
+def test_an_order_preserving_change_of_the_scores_keeps_the_selection(selection):
+    _, score, k, p = selection
+    for other in (score * 4, score.double(), 3 * score.double() - 2):  # exact, so that no two become equal
+        assert torch.equal(tokred.topk(other, k, p), tokred.topk(score, k, p))
+
+
+@given(selections(), st.sampled_from(["none", "sum", "mean"]))
+def test_a_gather_is_the_merge_of_its_assignment(selection, fuse):
+    x, score, k, p = selection
+    out, assign = tokred.topk_gather(x, score, k, p, fuse=fuse)
+    back = tokred.unmerge(out, assign)
+    kept = (assign >= 0) & (assign < p + k) if k < x.shape[1] - p else assign >= 0
+    assert torch.equal(exact(back[kept]), exact(x[kept]))
+    weight = torch.where(kept, 1, score)
+    merged, _ = tokred.merge(x, assign, out.shape[1], None, weight, reduce="sum" if fuse == "sum" else "mean")
+    torch.testing.assert_close(out, merged, rtol=2 * torch.finfo(x.dtype).eps, atol=1e-7)
+
+
 @given(st.integers(1, 30), st.integers(1, 12), st.integers(0, 2**31))
 def test_proportional_attention_equals_copies(N, copies, seed):
     """A key of size m counts as m equal keys: softmax(q k / sqrt(d) + log size)."""

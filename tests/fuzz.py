@@ -1,7 +1,7 @@
 """Random cases of every op against the float64 oracle: `make fuzz`, or `python -m tests.fuzz --cases 100000 --seed 1`.
 
-Each case is a MatchCase or a MergeCase with random fields, run by one of the CPU's instruction sets; a failure prints
-its recipe.
+Each case is a MatchCase, a MergeCase or a TopkCase with random fields, run by one of the CPU's instruction sets; a
+failure prints its recipe.
 """
 
 import argparse
@@ -13,8 +13,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import topk_oracle
 from cases import MATCH_CASES, MERGE_CASES, MatchCase, MergeCase
 from oracle import check_assign, check_merge
+from topk_cases import FUSE, TRAPS, TopkCase
 
 import tokred_kernels as tokred
 
@@ -60,6 +62,23 @@ def random_merge(rng: random.Random, seed: int) -> MergeCase:
     )
 
 
+def random_topk(rng: random.Random, seed: int) -> TopkCase:
+    p = rng.choice((0, 0, 1, 1, 2, 5))
+    P = rng.choice((0, 1, 2, 3, rng.randint(4, 40), rng.randint(4, 140)))
+    return TopkCase(
+        B=rng.randint(1, 3),
+        N=p + P,
+        C=rng.choice((1, 3, 8, 17, 40, 100)),
+        k=rng.choice((0, 1, P // 3, P // 2, max(P - 1, 0), P, P + 3, rng.randint(0, P + 1))),
+        p=p,
+        dtype=rng.choice(DTYPES),
+        score_dtype=rng.choice((torch.float32, *DTYPES)),
+        trap=rng.choice(("random", *TRAPS)),
+        layout=rng.choice(("contiguous", "contiguous", "sliced", "inner", "expanded")),
+        seed=seed,
+    )
+
+
 def run_match(case: MatchCase) -> None:
     x, metric, size, weight = case.x(), case.metric(), case.size(), case.weight()
     check_assign(
@@ -73,6 +92,14 @@ def run_match(case: MatchCase) -> None:
 def run_merge(case: MergeCase, reduce: str) -> None:
     x, assign, size, weight = case.x(), case.assign(), case.per_token("size"), case.per_token("weight")
     check_merge(tokred.merge(x, assign, case.M, size, weight, reduce=reduce), x, assign, case.M, size, weight, reduce)
+
+
+def run_topk(case: TopkCase) -> None:
+    x, score = case.x(), case.score()
+    topk_oracle.check_assign(tokred.topk(score, case.k, case.p, True), score, case.k, case.p, True)
+    for fuse in FUSE:
+        got = tokred.topk_gather(x, score, case.k, case.p, fuse=fuse)
+        topk_oracle.check_gather(got, x, score, case.k, case.p, fuse)
 
 
 def available_isas() -> list[str]:
@@ -91,11 +118,16 @@ def fuzz(cases: int, seed: int, report_every: int = 10_000) -> None:
     for n in range(cases):
         isa = isas[n % len(isas)]
         reduce = rng.choice(("mean", "sum", "amax"))
-        matching = rng.random() < 0.5
-        case = random_match(rng, seed * 1_000_003 + n) if matching else random_merge(rng, seed * 1_000_003 + n)
+        (make,) = rng.choices((random_match, random_merge, random_topk), (2, 2, 1))
+        case = make(rng, seed * 1_000_003 + n)
         try:
             with tokred.use_backend("cpu", isa=isa):
-                run_match(case) if matching else run_merge(case, reduce)
+                if make is random_match:
+                    run_match(case)
+                elif make is random_merge:
+                    run_merge(case, reduce)
+                else:
+                    run_topk(case)
         except BaseException:
             print(f"case {n} of seed {seed} fails on {isa}, reduce={reduce}: {case!r}", file=sys.stderr)
             raise

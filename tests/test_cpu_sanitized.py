@@ -103,6 +103,20 @@ print("clean")
     assert done.returncode == 0 and "clean" in done.stdout, done.stderr[-3000:]
 
 
+def test_table_of_selections(run):
+    code = """
+from fuzz import available_isas, run_topk
+from topk_cases import TOPK_CASES, with_float64
+import tokred_kernels as tokred
+for n, isa in enumerate(available_isas()):
+    with tokred.use_backend("cpu", isa=isa):
+        for case in with_float64(TOPK_CASES)[n::2]: run_topk(case)
+print("clean")
+"""
+    done = run(code)
+    assert done.returncode == 0 and "clean" in done.stdout, done.stderr[-3000:]
+
+
 def test_a_planted_bug_is_found(run_planted):
     """Regression: 5 rows in AVX2's 4 lanes of double were ranked with lanes of memory that was never written."""
     code = """

@@ -2,9 +2,8 @@
 // one more row: sum_i score_i x_i, in a mean divided by sum_i score_i (sum_i x_i / count where that is 0).
 //
 // 1. keys: the scores as integers of the same order, -0 like +0, NaN like -inf.
-// 2. the k-th largest key by bisection on its bits: a vectorised count of the keys above a bound for each, at most 32
-// (64
-//    for double), fewer where a count is k; of keys equal to it, the first. No sort, and k does not matter.
+// 2. the k-th largest key by bisection on its bits, at most 32 (64 for double): a vectorised count of the keys from a
+//    bound on for each, fewer where a count is k. Of the keys equal to it the first are kept. Nothing is sorted.
 // 3. one pass over the keys writes assign; one over x copies the kept rows and adds the others, in index order and the
 //    wide type, to C sums in the first-level cache.
 //
@@ -69,7 +68,7 @@ void topk_image_of(const TopkImage& m) {
   }
 
   const Key<T> bound = Key<T>(found ^ kSign);
-  int64_t ties = m.k - above;  // to be kept; no fewer than there are where the count was k
+  int64_t ties = m.k - above;  // keys equal to bound that are kept; at least all of them where the count was k
   int32_t row = int32_t(m.p);
   for (int64_t n = 0; n < m.p; ++n) m.assign[n] = int32_t(n);
   for (int64_t i = 0; i < P; ++i) {

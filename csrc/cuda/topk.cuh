@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(kTopkThreads) topk_kernel(const TopkBatch g) {
     if (count == g.k) break;
   }
 
-  const int wanted = g.k - above;  // of the keys equal to `found`; no fewer than there are where the count was k
+  const int wanted = g.k - above;  // of the keys equal to `found`; at least all of them where the count was k
   int larger = 0, equal = 0;       // keys of the rounds before
   for (int base = 0; base < P; base += threads) {
     const int i = base + threadIdx.x;

@@ -64,7 +64,7 @@ def topk_kernel(
         bit = bit >> 1
 
     bound = found.to(tl.int32)
-    wanted = k - above  # of the keys equal to it; no fewer than there are where a count was k
+    wanted = k - above  # of the keys equal to it; at least all of them where a count was k
     larger_before = 0
     equal_before = 0
     for start in range(0, P, BI):

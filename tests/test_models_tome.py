@@ -9,7 +9,7 @@ import vits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
-from vits import TINY, images, tiny
+from vits import TINY, assert_same_forward, images, tiny
 
 import tokred_kernels as tokred
 
@@ -26,18 +26,6 @@ REAL = [  # real widths and image sizes, two blocks
     "vit_so150m_patch16_reg4_map_256",
     "vit_small_r26_s32_224",
 ]
-
-
-def assert_same_forward(model, reference, x) -> None:
-    """Every entry point of two models in eval mode gives the same bits."""
-    with torch.no_grad():
-        assert torch.equal(model(x), reference(x))
-        features = reference.forward_features(x)
-        assert torch.equal(model.forward_features(x), features)
-        assert torch.equal(model.forward_head(features, pre_logits=True), reference.forward_head(features, True))
-        got, want = model.forward_intermediates(x), reference.forward_intermediates(x)
-        assert torch.equal(got[0], want[0])
-        assert all(torch.equal(a, b) for a, b in zip(got[1], want[1], strict=True))
 
 
 @pytest.mark.parametrize("name", REAL)

@@ -1,4 +1,4 @@
-"""Small timm models with every feature that token reduction must honour, and a float64 oracle of ToMe in them."""
+"""Small timm models with every feature that token reduction must honour, and float64 oracles of the methods in them."""
 
 import copy
 from functools import partial
@@ -10,6 +10,8 @@ import torch
 from timm.layers import GluMlp
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+
+import tokred_kernels as tokred
 
 SMALL = dict(img_size=48, embed_dim=32, depth=4, num_heads=2, num_classes=7)  # 9 patches of 16 x 16
 _vit = partial(VisionTransformer, patch_size=8, **SMALL)  # 36 patches
@@ -67,6 +69,35 @@ def images(batch: int = 2, side: int = 48, seed: int = 1) -> Tensor:
     return torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(seed))
 
 
+# Each method with options that reduce these models of four blocks.
+METHODS = {
+    "tome": dict(r=5),
+    "topk": dict(keep_rate=0.7, stages=(1, 3)),
+    "evit": dict(keep_rate=0.7, stages=(0, 2)),
+    "metr": dict(tokens=[30, 30, 18, 5]),
+}
+
+
+def reduced(model: nn.Module, method: str, **options) -> nn.Module:
+    """The model patched; by mean scores where it has no class token."""
+    options = options or METHODS[method]
+    if method != "tome" and not model.has_class_token:
+        options = {"scores": "mean", **options}
+    return tokred.apply(model, method, **options)
+
+
+def assert_same_forward(model: nn.Module, reference: nn.Module, x: Tensor) -> None:
+    """Every entry point of two models in eval mode gives the same bits."""
+    with torch.no_grad():
+        assert torch.equal(model(x), reference(x))
+        features = reference.forward_features(x)
+        assert torch.equal(model.forward_features(x), features)
+        assert torch.equal(model.forward_head(features, pre_logits=True), reference.forward_head(features, True))
+        got, want = model.forward_intermediates(x), reference.forward_intermediates(x)
+        assert torch.equal(got[0], want[0])
+        assert all(torch.equal(a, b) for a, b in zip(got[1], want[1], strict=True))
+
+
 def tome_oracle(model: nn.Module, x: Tensor, removed, prop_attn: bool = True):
     """ToMe in float64 with explicit attention and plain loops, from the weights of an unpatched model.
 
@@ -88,13 +119,8 @@ def _one_image(model, x: Tensor, removed, p: int, prop_attn: bool):
     source = torch.arange(len(x))
     clear = True
     for block, r in zip(model.blocks, removed, strict=True):
-        attn = block.attn
-        q, k, v = attn.qkv(block.norm1(x)).view(len(x), 3, attn.num_heads, attn.head_dim).permute(1, 2, 0, 3)
-        q, k = attn.q_norm(q), attn.k_norm(k)
-        count = size if prop_attn else torch.ones_like(size)
-        weight = (q @ k.mT / attn.head_dim**0.5).exp() * count  # a key of size s is s equal keys
-        y = weight / weight.sum(-1, keepdim=True) @ v
-        x = x + block.ls1(attn.proj(attn.norm(y.transpose(0, 1).flatten(1))))
+        y, k, _ = _attention(block, x, size if prop_attn else torch.ones_like(size))
+        x = x + y
         r = max(0, min(r, (len(x) - p) // 2))
         if r:
             score, a, b = oracle.edge_scores(k, p)
@@ -107,6 +133,59 @@ def _one_image(model, x: Tensor, removed, p: int, prop_attn: bool):
             source = row[source]
         x = x + block.ls2(block.mlp(block.norm2(x)))
     return x, size, source, clear
+
+
+def _attention(block, x: Tensor, size: Tensor):
+    """The branch [N, C], the keys [H, N, D] and the matrix [H, N, N]; a key of size s is s equal keys."""
+    attn = block.attn
+    q, k, v = attn.qkv(block.norm1(x)).view(len(x), 3, attn.num_heads, attn.head_dim).permute(1, 2, 0, 3)
+    q, k = attn.q_norm(q), attn.k_norm(k)
+    weight = (q @ k.mT / attn.head_dim**0.5).exp() * size
+    p = weight / weight.sum(-1, keepdim=True)
+    return block.ls1(attn.proj(attn.norm((p @ v).transpose(0, 1).flatten(1)))), k, p
+
+
+def selection_oracle(model: nn.Module, x: Tensor, keep: dict, scores: str = "cls", fuse: str = "none"):
+    """Top-K and EViT with explicit attention and plain loops, differentiable, in the dtype of the unpatched model.
+
+    Args:
+        keep: {block: patches to keep}.
+        fuse: "none", "sum" or "mean".
+
+    Returns:
+        (logits, source [B, N0], whether every choice was decided by more than 1e-5 of the largest score).
+    """
+    p = model.num_prefix_tokens
+    x = model.norm_pre(model._pos_embed(model.patch_embed(x)))
+    results = [_select_one_image(model, one, keep, p, scores, fuse) for one in x]
+    rows, source, clear = zip(*results, strict=True)
+    return model.forward_head(model.norm(torch.stack(rows))), torch.stack(source), all(clear)
+
+
+def _select_one_image(model, x: Tensor, keep: dict, p: int, scores: str, fuse: str):
+    source = torch.arange(len(x))
+    clear = True
+    for index, block in enumerate(model.blocks):
+        y, _, matrix = _attention(block, x, torch.ones(len(x), dtype=x.dtype))
+        x = x + y
+        k = keep.get(index, len(x))
+        if k < len(x) - p:
+            score = matrix[:, 0].mean(0) if scores == "cls" else matrix.mean((0, 1))
+            order = sorted(range(p, len(x)), key=lambda j: (-score[j].item(), j))
+            kept, rest = sorted(order[:k]), sorted(order[k:])
+            clear = clear and bool(score[order[k - 1]] - score[order[k]] > 1e-5 * score.max())
+            rows = [x[:p], x[kept]]
+            where = torch.full((len(x),), -1)
+            where[:p] = torch.arange(p)
+            where[kept] = torch.arange(p, p + k)
+            if fuse != "none":
+                total = score[rest].sum() if fuse == "mean" else 1
+                rows.append(sum(score[j] * x[j] for j in rest)[None] / total)
+                where[rest] = p + k
+            source = torch.where(source < 0, -1, where[source])
+            x = torch.cat(rows)
+        x = x + block.ls2(block.mlp(block.norm2(x)))
+    return x, source, clear
 
 
 def _head(model, x: Tensor, size: Tensor) -> Tensor:

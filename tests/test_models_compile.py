@@ -8,7 +8,7 @@ import timm
 import torch
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
-from vits import TINY, images, tiny
+from vits import METHODS, TINY, images, reduced, tiny
 
 import tokred_kernels as tokred
 
@@ -30,18 +30,24 @@ def patched(name="deit", r=5, **options):
     return tokred.apply(tiny(name, **options), "tome", r=r)
 
 
-@pytest.mark.parametrize("name", TINY)
-def test_the_whole_model_is_one_graph(name):
-    model = patched(name)
+ONE_EACH = [("gap-reg4-nocls", "tome"), ("siglip-map", "tome"), ("gap-reg4-nocls", "topk"), ("distilled", "evit")]
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [(name, "tome") for name in TINY] + [("gap", "topk"), ("distilled", "evit"), ("cls-reg9", "metr")],
+)
+def test_the_whole_model_is_one_graph(name, method):
+    model = reduced(tiny(name), method)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     with torch.no_grad():
         assert torch.equal(compiled(images()), model(images()))
     assert graphs() == 1
 
 
-@pytest.mark.parametrize("name", ["gap-reg4-nocls", "siglip-map"])
-def test_one_dynamic_graph_serves_every_batch(name):
-    model = patched(name, [0, 5, 1], depth=3)
+@pytest.mark.parametrize(("name", "method"), ONE_EACH)
+def test_one_dynamic_graph_serves_every_batch(name, method):
+    model = reduced(tiny(name), method)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
     with torch.no_grad():
         for batch in (2, 5, 3):
@@ -49,9 +55,12 @@ def test_one_dynamic_graph_serves_every_batch(name):
     assert graphs() == 1
 
 
-def test_one_dynamic_graph_of_the_blocks_serves_every_token_count():
+@pytest.mark.parametrize(
+    ("method", "options"), [("tome", dict(r=[0, 5, 1])), ("evit", dict(keep_rate=0.7, stages=(1, 2)))]
+)
+def test_one_dynamic_graph_of_the_blocks_serves_every_token_count(method, options):
     """The blocks alone: timm's own embedding takes a graph for each resolution."""
-    model = patched("deit", [0, 5, 1], depth=3)
+    model = tokred.apply(tiny("deit", depth=3), method, **options)
 
     def blocks(x):
         size = None
@@ -68,7 +77,7 @@ def test_one_dynamic_graph_of_the_blocks_serves_every_token_count():
 
 
 def test_a_compiled_schedule_runs_only_what_it_needs():
-    """Where r is known to be 0, no op is in the graph."""
+    """Where r is known to be 0, nothing reduces in the graph, and where it is 0 throughout, attention is timm's."""
     graphs = []
 
     def keep(graph, inputs):
@@ -77,7 +86,14 @@ def test_a_compiled_schedule_runs_only_what_it_needs():
 
     with torch.no_grad():
         torch.compile(patched(r=[0, 5, 0, 1]), backend=keep, fullgraph=True, dynamic=True)(images())
-    assert len(graphs) == 1 and graphs[0].code.count("tokred.match_merge") == 2
+        torch.compile(
+            tokred.apply(tiny("deit"), "evit", **METHODS["evit"]), backend=keep, fullgraph=True, dynamic=True
+        )(images())
+        torch.compile(
+            tokred.apply(tiny("deit"), "topk", keep_rate=1, stages=(1, 3)), backend=keep, fullgraph=True, dynamic=True
+        )(images())
+    ops = [[graph.code.count(f"tokred.{op}") for op in ("match_merge", "topk_gather", "attention")] for graph in graphs]
+    assert ops == [[2, 0, 4], [0, 2, 4], [0, 0, 0]]
 
 
 SCHEDULES = [5, 0, [0, 5, 0, 1], [1, 0, 1, 0], (8, -1), (8, 1), [0, 0, 0, 9], [100, 100, 100, 100], [0, 7, 7, 0]]
@@ -100,6 +116,25 @@ def test_block_by_block_three_graphs_serve_all_schedules(schedules, prop_attn):
     assert graphs() <= 3
 
 
+def test_block_by_block_three_graphs_serve_all_stages():
+    """Timm's own forward, a block that attends and one that scores too."""
+    for options in (
+        dict(keep_rate=0.7, stages=(1, 3)),
+        dict(keep_rate=1, stages=(1,)),
+        dict(tokens=[30, 29, 8, 8]),
+        dict(tokens=[1], stages=(3,)),
+        dict(tokens=[35], stages=(0,)),
+    ):
+        model = tokred.apply(tiny("deit"), "evit", **options)
+        with torch.no_grad():
+            want = [model(images(batch)) for batch in (2, 3)]
+            for block in model.blocks:
+                block.compile(backend="aot_eager", fullgraph=True, dynamic=True)
+            got = [model(images(batch)) for batch in (2, 3)]
+        torch.testing.assert_close(got, want)
+    assert graphs() <= 3
+
+
 def test_wrapped_blocks_need_two_graphs():
     model = patched("deit", [0, 5, 0, 1])
     with torch.no_grad():
@@ -110,9 +145,9 @@ def test_wrapped_blocks_need_two_graphs():
     assert graphs() == 2
 
 
-@pytest.mark.parametrize("name", ["gap-reg4-nocls", "siglip-map"])
-def test_compiled_training_gives_the_same_gradients(name):
-    model = patched(name).train()
+@pytest.mark.parametrize(("name", "method"), ONE_EACH)
+def test_compiled_training_gives_the_same_gradients(name, method):
+    model = reduced(tiny(name), method).train()
     twin = copy.deepcopy(model)
     torch.compile(model, backend="aot_eager", fullgraph=True)(images()).square().sum().backward()
     twin(images()).square().sum().backward()
@@ -120,8 +155,9 @@ def test_compiled_training_gives_the_same_gradients(name):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-3 * b.grad.abs().max().item() + 1e-8, msg=n)
 
 
-def test_compiled_gradient_checkpointing():
-    model = patched("gap")
+@pytest.mark.parametrize("method", ["tome", "evit"])
+def test_compiled_gradient_checkpointing(method):
+    model = reduced(tiny("gap"), method)
     twin = copy.deepcopy(model)
     model.set_grad_checkpointing(True)
     torch.compile(model, backend="aot_eager", fullgraph=True)(images()).square().sum().backward()
@@ -140,15 +176,23 @@ def test_compiled_dense_outputs():
 
 
 def test_inductor():
-    model = tokred.apply(tiny("gap-reg4-nocls", depth=2), "tome", r=5)
+    model = patched("gap-reg4-nocls", depth=2)
     compiled = torch.compile(model, fullgraph=True)
     with torch.no_grad():
         torch.testing.assert_close(compiled(images()), model(images()), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["deit", "siglip-map"])
-def test_export_save_and_load(name):
-    model = patched(name)
+@pytest.mark.parametrize(
+    ("name", "method", "op", "times"),
+    [
+        ("deit", "tome", "match_merge", 4),
+        ("siglip-map", "tome", "match_merge", 4),
+        ("deit", "evit", "topk_gather", 2),
+        ("gap-reg4-nocls", "topk", "topk_gather", 2),
+    ],
+)
+def test_export_save_and_load(name, method, op, times):
+    model = reduced(tiny(name), method)
     batch = torch.export.Dim("batch", min=2, max=64)
     program = torch.export.export(model, (images(3),), dynamic_shapes=({0: batch},))
     buffer = io.BytesIO()
@@ -159,13 +203,13 @@ def test_export_save_and_load(name):
         for n in (2, 5):
             torch.testing.assert_close(loaded(images(n)), model(images(n)))
     ops = [str(node.target) for node in program.graph.nodes]
-    assert sum(op.startswith("tokred.match_merge") for op in ops) == 4
+    assert sum(name.startswith(f"tokred.{op}") for name in ops) == times
 
 
-def fake_cuda(name, dtype=torch.float32):
+def fake_cuda(name, dtype=torch.float32, method="tome"):
     """A patched model on a CUDA device that need not exist: to be called under FakeTensorMode."""
     with unset_fake_temporarily():
-        model = tokred.apply(TINY[name](), "tome", r=5)
+        model = reduced(TINY[name](), method)
     for module in model.modules():
         for key, p in module._parameters.items():
             if p is not None:
@@ -188,6 +232,18 @@ def test_fake_cuda_tensors_run_through_the_whole_model(name, dtype):
     assert size.dtype == torch.float32 and size.device.type == "cuda"
 
 
+@pytest.mark.parametrize(("name", "method"), [("map-reg4", "topk"), ("qk_norm", "evit"), ("cls-reg9", "metr")])
+def test_fake_cuda_tensors_run_through_a_model_that_selects(name, method):
+    with FakeTensorMode(), torch.no_grad():
+        model = fake_cuda(name, torch.bfloat16, method).eval()
+        x = torch.empty(2, 3, 48, 48, device="cuda", dtype=torch.bfloat16)
+        assert model(x).device.type == "cuda"
+        with tokred.trace(model) as t:
+            model.forward_features(x)
+    patches, prefix = model.patch_embed.num_patches, model.num_prefix_tokens
+    assert t.tokens[1:] == [after for _, after in model.tokred_method.counts(4, patches, prefix)]
+
+
 def test_timm_factory_models_compile_at_their_real_size():
     model = tokred.apply(timm.create_model("deit_small_patch16_224", depth=2).eval(), "tome", r=13)
     with torch.no_grad():
@@ -196,9 +252,10 @@ def test_timm_factory_models_compile_at_their_real_size():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("method", ["tome", "evit"])
 @pytest.mark.parametrize("name", TINY)
-def test_a_cuda_model_is_the_cpu_model(name):
-    model = patched(name).double().float()
+def test_a_cuda_model_is_the_cpu_model(name, method):
+    model = reduced(tiny(name), method)
     with torch.no_grad(), tokred.trace(model) as t:
         want = model(images())
     source = t.source

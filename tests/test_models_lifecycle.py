@@ -12,7 +12,7 @@ from timm.layers import set_reentrant_ckpt
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from vits import TINY, images, tiny
+from vits import METHODS, TINY, images, reduced, tiny
 
 import tokred_kernels as tokred
 
@@ -26,13 +26,15 @@ def run(model, x=None):
         return model(images() if x is None else x)
 
 
-@pytest.mark.parametrize("name", TINY)
-def test_remove_restores_exactly(name):
+@pytest.mark.parametrize(
+    ("name", "method"), [(name, "tome") for name in TINY] + [("gap", "topk"), ("distilled", "metr")]
+)
+def test_remove_restores_exactly(name, method):
     model, twin = tiny(name), tiny(name)
     before = {n: (type(m), set(vars(m))) for n, m in model.named_modules()}
     parameters = [id(p) for p in model.parameters()]
     keys = list(model.state_dict())
-    assert tokred.apply(model, "tome", r=5) is model
+    assert reduced(model, method) is model
     assert list(model.state_dict()) == keys and [id(p) for p in model.parameters()] == parameters
     assert isinstance(model, VisionTransformer) and all(isinstance(b, Block) for b in model.blocks)
     assert tokred.remove(model) is model
@@ -47,14 +49,17 @@ def test_remove_of_an_unpatched_model_does_nothing():
     assert tokred.remove(linear) is linear
 
 
-def test_apply_after_remove_takes_other_options():
+def test_apply_after_remove_takes_other_options_and_methods():
     model = patched(r=5)
     tokred.apply(tokred.remove(model), "tome", r=2)
     assert torch.equal(run(model), run(patched(r=2)))
+    reduced(tokred.remove(model), "evit")
+    assert torch.equal(run(model), run(reduced(tiny("deit"), "evit")))
 
 
-def test_a_deepcopy_is_removed_on_its_own():
-    model = patched()
+@pytest.mark.parametrize("method", METHODS)
+def test_a_deepcopy_is_removed_on_its_own(method):
+    model = reduced(tiny("deit"), method)
     want = run(model)
     other = copy.deepcopy(model)
     assert torch.equal(run(other), want)
@@ -69,15 +74,16 @@ def test_a_deepcopied_model_is_patched_apart_from_its_original():
     assert type(model) is VisionTransformer
 
 
-def test_torch_save_pickle_and_state_dict():
-    model = patched("gap-reg4-nocls")
+@pytest.mark.parametrize("method", METHODS)
+def test_torch_save_pickle_and_state_dict(method):
+    model = reduced(tiny("gap-reg4-nocls"), method)
     want = run(model)
     buffer = io.BytesIO()
     torch.save(model, buffer)
     buffer.seek(0)
     assert torch.equal(run(torch.load(buffer, weights_only=False)), want)
     assert torch.equal(run(pickle.loads(pickle.dumps(model))), want)
-    other = patched("gap-reg4-nocls", seed=9)
+    other = reduced(tiny("gap-reg4-nocls", seed=9), method)
     other.load_state_dict(tiny("gap-reg4-nocls").state_dict())
     assert torch.equal(run(other), want)
 
@@ -90,9 +96,13 @@ def gradients(model, x, seed=0):
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("name", ["deit", "gap-reg4-nocls", "siglip-map"])
-def test_gradient_checkpointing_changes_nothing(name, reentrant):
-    model = patched(name, drop_path_rate=0.2, proj_drop_rate=0.1, attn_drop_rate=0.1, r=[0, 5, 0, 3]).train()
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [("deit", "tome"), ("gap-reg4-nocls", "tome"), ("siglip-map", "tome"), ("distilled", "evit"), ("gap", "topk")],
+)
+def test_gradient_checkpointing_changes_nothing(name, method, reentrant):
+    rates = dict(drop_path_rate=0.2, proj_drop_rate=0.1, attn_drop_rate=0.1 if method == "tome" else 0.0)
+    model = reduced(tiny(name, **rates), method, **(dict(r=[0, 5, 0, 3]) if method == "tome" else {})).train()
     want = gradients(model, images())
     model.set_grad_checkpointing(True)
     set_reentrant_ckpt(reentrant)
@@ -105,8 +115,9 @@ def test_gradient_checkpointing_changes_nothing(name, reentrant):
         assert torch.equal(got[n], want[n]), n
 
 
-def test_checkpointed_dense_outputs_change_nothing():
-    model = patched("deit")
+@pytest.mark.parametrize("method", ["tome", "evit"])
+def test_checkpointed_dense_outputs_change_nothing(method):
+    model = reduced(tiny("deit"), method)
     want = run(model.forward_intermediates)
     model.set_grad_checkpointing(True)
     for reentrant in (False, True):
@@ -142,9 +153,11 @@ def test_gradients_are_those_of_a_gather_through_the_same_assignment(name):
         torch.testing.assert_close(got[n], want[n], rtol=1e-9, atol=1e-9)
 
 
-def test_training_with_every_kind_of_dropout_gives_finite_gradients():
-    rates = dict(drop_path_rate=0.3, proj_drop_rate=0.1, attn_drop_rate=0.2, pos_drop_rate=0.1, patch_drop_rate=0.25)
-    model = patched("cls-reg9", drop_rate=0.1, **rates).train()
+@pytest.mark.parametrize("method", METHODS)
+def test_training_with_every_kind_of_dropout_gives_finite_gradients(method):
+    rates = dict(drop_path_rate=0.3, proj_drop_rate=0.1, pos_drop_rate=0.1, patch_drop_rate=0.25)
+    rates["attn_drop_rate"] = 0.2 if method == "tome" else 0.0  # scores know no dropout
+    model = reduced(tiny("cls-reg9", drop_rate=0.1, **rates), method).train()
     assert all(g.isfinite().all() for g in gradients(model, images()).values())
     assert not torch.equal(model(images()), model(images()))
 
@@ -157,10 +170,23 @@ def manual_grids(model, x, norm):
         for block, r in zip(model.blocks, model._schedule(rows), strict=True):
             rows, size, assign = block(rows, size, r, True)
             if assign is not None:
-                source = assign.long().gather(1, source)
+                source = torch.where(source < 0, -1, assign.long().gather(1, source.clamp(min=0)))
             y = model.norm(rows) if norm else rows
-            grids.append(y.gather(1, source[..., None].expand(-1, -1, y.shape[2])))
+            grid = y.gather(1, source.clamp(min=0)[..., None].expand(-1, -1, y.shape[2]))
+            grids.append(grid.masked_fill(source[..., None] < 0, 0))
     return grids
+
+
+@pytest.mark.parametrize(("name", "method"), [("dinov2-reg4", "topk"), ("gap", "evit"), ("distilled", "metr")])
+def test_dense_outputs_give_dropped_tokens_0_and_fused_ones_the_fused_token(name, method):
+    model = reduced(tiny(name), method)
+    with tokred.trace(model) as t, torch.no_grad():
+        final, grids = model.forward_intermediates(images(), output_fmt="NLC")
+    want, p = manual_grids(model, images(), False), model.num_prefix_tokens
+    assert all(torch.equal(got, grid[:, p:]) for got, grid in zip(grids, want, strict=True))
+    assert torch.equal(final, manual_grids(model, images(), True)[-1])
+    assert ((final == 0).all(2) == (t.source < 0)).all()
+    assert (t.source < 0).any() == (method == "topk") and t.in_fused.any() == (method != "topk")
 
 
 INDICES = [(None, [0, 1, 2, 3]), (2, [2, 3]), ([0, 2], [0, 2])]
@@ -255,19 +281,33 @@ def test_forward_head_alone_is_refused_where_the_full_count_is_unknown():
             model.forward_head(features)
 
 
-@pytest.mark.parametrize("name", ["deit", "gap", "siglip-map", "distilled"])
-def test_batch_size_and_resolution_may_change_from_forward_to_forward(name):
-    model = patched(name, dynamic_img_size=True)
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        ("deit", "tome"),
+        ("gap", "tome"),
+        ("siglip-map", "tome"),
+        ("distilled", "tome"),
+        ("deit", "evit"),
+        ("gap", "topk"),
+    ],
+)
+def test_batch_size_and_resolution_may_change_from_forward_to_forward(name, method):
+    model = reduced(tiny(name, dynamic_img_size=True), method)
     for batch, side in [(2, 48), (1, 48), (3, 64), (2, 32), (2, 48)]:
-        fresh = patched(name, dynamic_img_size=True)
+        fresh = reduced(tiny(name, dynamic_img_size=True), method)
         x = images(batch, side)
         assert torch.equal(run(model, x), run(fresh, x))
         assert run(model.forward_intermediates, x)[1][-1].shape == (batch, 32, side // 8, side // 8)
 
 
-@pytest.mark.parametrize("name", [name for name in TINY if name != "no-prefix"])  # there timm itself fails
-def test_an_empty_batch_gives_empty_results(name):
-    model = patched(name)
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [(name, "tome") for name in TINY if name != "no-prefix"]  # there timm itself fails
+    + [("gap", "topk"), ("distilled", "evit")],
+)
+def test_an_empty_batch_gives_empty_results(name, method):
+    model = reduced(tiny(name), method)
     assert run(model, images(0)).shape == (0, *run(model).shape[1:])
     final, grids = run(model.forward_intermediates, images(0))
     assert grids[-1].shape == (0, 32, 6, 6) and final.shape[0] == 0
@@ -287,7 +327,10 @@ def test_pruned_blocks_and_a_new_classifier_keep_the_schedule():
     assert [b.shape[1] for b in (run(model.forward_features),)] == [37 - 5 - 4 - 3 - 2]
     model.prune_intermediate_layers([1])
     assert run(model.forward_features).shape[1] == 37 - 5 - 4
-    tokred.remove(model)
+    model = tokred.apply(tiny("deit"), "topk", tokens=[20, 10], stages=(1, 3))
+    model.prune_intermediate_layers([2])
+    assert run(model.forward_features).shape[1] == 1 + 20
+    assert tokred.schedule.tokens(model) == [(37, 37), (37, 21), (21, 21)]
     model = patched("deit")
     model.reset_classifier(3)
     assert run(model).shape == (2, 3)
@@ -320,8 +363,9 @@ def test_interleaved_forwards_do_not_mix():
         assert torch.equal(model.forward_head(model.norm(b), size=b_size), want[1])
 
 
-def test_two_threads_share_a_model():
-    model = patched("gap")
+@pytest.mark.parametrize("method", ["tome", "evit"])
+def test_two_threads_share_a_model(method):
+    model = reduced(tiny("gap"), method)
     inputs = [images(2, seed=1), images(3, seed=2)]
     want = [run(model, x) for x in inputs]
     results: list[list] = [[], []]
@@ -364,6 +408,10 @@ def test_a_patched_model_trains_under_ddp_and_fsdp(one_process):
         torch.testing.assert_close(got[n].full_tensor(), want[n])
     with pytest.raises(ValueError, match="holds a patched model"):
         tokred.remove(sharded)
+    want = gradients(reduced(tiny("deit"), "evit"), images())
+    got = gradients(DistributedDataParallel(reduced(tiny("deit"), "evit")), images())
+    for n in want:
+        torch.testing.assert_close(got[f"module.{n}"], want[n])
 
 
 def test_block_hooks_of_the_user_run():

@@ -108,6 +108,7 @@ def test_what_is_not_understood_is_refused_and_left_alone(name):
     assert [(type(m), set(vars(m))) for m in model.modules()] == before
 
 
+S = dict(stages=(1, 2))
 BAD_OPTIONS = {
     "unknown method": (dict(method="tomato", r=1), "apply: unknown method 'tomato'; there is tome, topk, evit, metr"),
     "unknown option": (dict(r=1, keep_rate=0.5), "apply: tome has no option 'keep_rate'; it takes r, prop_attn"),
@@ -123,6 +124,76 @@ BAD_OPTIONS = {
     "text": (dict(r="8"), "r must be an int, (int, inflection) or a list of ints, got '8'"),
     "triple": (dict(r=(8, 1, 2)), "r must be an int, (int, inflection) or a list of ints, got (8, 1, 2)"),
     "float entry": (dict(r=[8, 0.5]), "r must be an int, (int, inflection) or a list of ints, got [8, 0.5]"),
+    "topk neither": (dict(method="topk"), "topk: give either keep_rate= or tokens="),
+    "topk both": (dict(method="topk", keep_rate=0.5, tokens=[5]), "topk: give either keep_rate= or tokens="),
+    "r of topk": (
+        dict(method="topk", r=5),
+        "apply: topk has no option 'r'; it takes keep_rate, stages, rule, tokens, scores",
+    ),
+    "r of evit": (
+        dict(method="evit", r=5),
+        "apply: evit has no option 'r'; it takes keep_rate, stages, rule, tokens, scores, fuse, normalize",
+    ),
+    "rate 0": (dict(method="evit", keep_rate=0, **S), "evit: keep_rate must be in (0, 1], got 0"),
+    "rate above 1": (dict(method="metr", keep_rate=1.01, **S), "metr: keep_rate must be in (0, 1], got 1.01"),
+    "rate nan": (dict(method="evit", keep_rate=float("nan"), **S), "evit: keep_rate must be in (0, 1], got nan"),
+    "rate bool": (dict(method="evit", keep_rate=True, **S), "evit: keep_rate must be in (0, 1], got True"),
+    "rate text": (
+        dict(method="evit", keep_rate="x", **S),
+        "evit: keep_rate must be a number or have one entry a stage, 2, got 'x'",
+    ),
+    "rate nothing": (
+        dict(method="evit", keep_rate=[None] * 2, **S),
+        "evit: keep_rate must be in (0, 1], got [None, None]",
+    ),
+    "rates of another length": (
+        dict(method="topk", keep_rate=[0.5], **S),
+        "topk: keep_rate must be a number or have one entry a stage, 2, got [0.5]",
+    ),
+    "rule": (dict(method="topk", keep_rate=0.5, rule="x", **S), "topk: rule must be one of evit, wttu, got 'x'"),
+    "rule beside tokens": (
+        dict(method="topk", tokens=[9, 9], rule="x", **S),
+        "topk: rule must be one of evit, wttu, got 'x'",
+    ),
+    "stages too deep": (
+        dict(method="evit", keep_rate=0.5),
+        "evit: stages must be below 4, the number of blocks, got (3, 6, 9)",
+    ),
+    "stages descending": (
+        dict(method="evit", keep_rate=0.5, stages=(2, 1)),
+        "evit: stages must be ascending, got (2, 1)",
+    ),
+    "stages twice": (dict(method="evit", keep_rate=0.5, stages=(1, 1)), "evit: stages must be ascending, got (1, 1)"),
+    "stages negative": (
+        dict(method="evit", keep_rate=0.5, stages=(-1,)),
+        "evit: stages must be a list of ints of at least 0, got (-1,)",
+    ),
+    "stages no list": (
+        dict(method="evit", keep_rate=0.5, stages=3),
+        "evit: stages must be a list of ints of at least 0, got 3",
+    ),
+    "tokens 0": (
+        dict(method="topk", tokens=[9, 0], **S),
+        "topk: tokens must be a list of ints of at least 1, got [9, 0]",
+    ),
+    "tokens fractional": (
+        dict(method="topk", tokens=[9, 0.5], **S),
+        "topk: tokens must be a list of ints of at least 1, got [9, 0.5]",
+    ),
+    "tokens bool": (
+        dict(method="topk", tokens=[9, True], **S),
+        "topk: tokens must be a list of ints of at least 1, got [9, True]",
+    ),
+    "tokens of another length": (
+        dict(method="topk", tokens=[9, 9, 9], **S),
+        "topk: tokens must have one entry a stage, 2, or a block, 4, got [9, 9, 9]",
+    ),
+    "scores": (
+        dict(method="topk", keep_rate=0.5, scores="max", **S),
+        'topk: scores must be "cls" or "mean", got \'max\'',
+    ),
+    "fuse": (dict(method="evit", keep_rate=0.5, fuse="sum", **S), "evit: fuse must be True or False, got 'sum'"),
+    "normalize": (dict(method="evit", keep_rate=0.5, normalize=1, **S), "evit: normalize must be True or False, got 1"),
     "prop_attn": (dict(r=1, prop_attn="no"), "tome: prop_attn must be True or False, got 'no'"),
 }
 
@@ -137,7 +208,33 @@ def test_bad_options_are_refused_and_the_model_left_alone(name):
 
 
 def test_integers_of_numpy_are_integers():
-    tokred.apply(tiny("deit"), "tome", r=np.int64(3))
+    x = torch.zeros(1, 3, 48, 48)
+    for method, options in (
+        ("tome", dict(r=np.int64(3))),
+        ("tome", dict(r=[np.int64(3)])),
+        ("evit", dict(tokens=np.array([9, 5]), stages=np.array([0, 2]))),
+        ("topk", dict(keep_rate=np.float32(0.7), stages=(1,))),
+    ):
+        model = tokred.apply(tiny("deit"), method, **options)
+        torch.compile(model, backend="eager", fullgraph=True)(x)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name", ["gap", "gap-reg4-nocls", "siglip-map", "no-prefix"])
+@pytest.mark.parametrize("method", ["topk", "evit", "metr"])
+def test_a_model_without_a_class_token_is_refused_with_the_way_out(method, name):
+    model = tiny(name)
+    with pytest.raises(ValueError, match=f'^{method}: the model has no class token to score by; use scores="mean"$'):
+        tokred.apply(model, method, keep_rate=0.5, **S)
+    assert not hasattr(model, "tokred_method")
+    tokred.apply(model, method, keep_rate=0.5, scores="mean", **S)
+
+
+def test_heads_too_wide_for_scores_are_refused():
+    model = vit(num_heads=1, **{**{k: v for k, v in SMALL.items() if k != "num_heads"}, "embed_dim": 136})
+    with pytest.raises(ValueError, match="topk: scores need heads of width 128 at most, got 136"):
+        tokred.apply(model, "topk", keep_rate=0.5, stages=(1,))
+    tokred.apply(model, "tome", r=1)
 
 
 def test_a_patched_model_is_not_patched_again():

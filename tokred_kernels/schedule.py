@@ -16,7 +16,6 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import TypeAlias
 
-import torch
 from torch import nn
 
 Removal: TypeAlias = int | tuple[int, float] | list[int]
@@ -151,14 +150,12 @@ def unkept(
     for index, block in enumerate(stages):
         if share is None:
             keep = counts[index]
+        elif rule == "evit":
+            keep = -(-left * share[index][0] // share[index][1])
         else:
-            numerator, denominator = share[index]
-            if rule == "evit":
-                keep = -(-left * numerator // denominator)
-            else:
-                keep = torch.sym_max(1, patches * numerator // denominator)
-        removed[block] = left - torch.sym_min(left, keep)
-        left = torch.sym_min(left, keep + int(fuse))
+            keep = max(1, patches * share[index][0] // share[index][1])
+        removed[block] = left - min(left, keep)
+        left = min(left, keep + int(fuse))
     return tuple(removed)
 
 

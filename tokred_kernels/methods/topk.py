@@ -51,6 +51,8 @@ class TopK:
             self._refuse("stages must be ascending", self.stages)
         if (self.keep_rate is None) == (self.tokens is None):
             raise ValueError(f"{self._name()}: give either keep_rate= or tokens=")
+        if self.rule not in schedule.RULES:
+            self._refuse(f"rule must be one of {', '.join(schedule.RULES)}", self.rule)
         try:
             share = None if self.keep_rate is None else schedule.ratios(self.keep_rate, len(stages), self.rule)
         except ValueError as error:

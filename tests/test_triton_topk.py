@@ -17,14 +17,14 @@ def triton():
         yield call
 
 
-# An operation of the interpreter takes some 30 us, so that a fused row takes half a millisecond a token.
-FUSED = [c for c in TOPK_CASES if c.small and (c.dtype == torch.float32 or c.trap in ("random", "odd-values", "nan"))]
+# The interpreter takes 0.2 s a case: every trap once, in float32 but for what depends on the dtype.
+FUSED = [c for c in TOPK_CASES if c.small and (c.seed or c.trap in ("random", "odd-values"))]
 COPIED = [c for c in TOPK_CASES if not c.small]
 
 
 @pytest.mark.parametrize("case", FUSED, ids=lambda c: c.id)
 def test_topk_gather(case, triton):
-    for fuse in ("mean",) if case.p else ("mean", "sum"):
+    for fuse in ("mean", "sum") if case.trap in ("mixed", "nan", "odd-values") else ("mean",):
         got = triton("topk_gather", case.x(), case.score(), case.k, case.p, fuse=fuse)
         check_gather(got, case.x(), case.score(), case.k, case.p, fuse)
 

@@ -3,9 +3,8 @@
 //
 // attention_kernel: a block takes a head; each of its four warps has 16 query rows, whose logits, probabilities and out
 // stay in registers, and meets keys and values in shared memory.
-//   resident  all keys are one chunk, read once for every query row of the head. p is exact before it is used, so CLS
-//   row
-//             and column sums (in registers, then over the warps in order) cost no further pass.
+//   resident  all keys are one chunk, read once for every query row of the head. p is exact before it is used, so the
+//             CLS row and the column sums (in registers, then over the warps in order) cost no further pass.
 //   streamed  chunks of 64 keys (float32: 32) with a running maximum and sum; a block has 64 query rows and finds the
 //             keys of its head in L2. The scores are attention_scores.cuh's.
 // p is rounded to the inputs' dtype for p v alone, when it is already normalised: sizes of 1e6 do not overflow float16.
@@ -15,16 +14,17 @@
 // GFLOP = 19 us at 790 TFLOP/s, 17.0 with the 208 keys of 13 tiles.
 //
 //   sm_90, half precision          registers   blocks an SM   shared memory
-//   <*, 64, 7, resident>                 116              4           41 KB
-//   <*, 64, 7, resident, mean>           148              3
-//   <*, 64, 13, resident>                164              3           69 KB
-//   <*, 64, 13, resident, mean>          238              2
-//   <*, 64, 16, resident>                208              2           83 KB
-//   <*, 32, 4>                           106              4           16 KB
-//   <*, 64, 4>                     120 - 122              4           28 KB
-//   <*, 80 and 96, 4>              129 - 160              3   34 and 39 KB
-//   <*, 128, 4>                          168              3           51 KB
-//   float32, <float, 32 .. 128, 2>  128 - 168         4 - 3   18 .. 66 KB
+//   <*, 64, 7, resident>                 115              4           41 KB
+//   <*, 64, 7, resident, mean>     144 - 146              3
+//   <*, 64, 13, resident>                163              3           69 KB
+//   <*, 64, 13, resident, mean>          234              2
+//   <*, 64, 16, resident>                207              2           83 KB
+//   <*, 32, 4>                           104              4           16 KB
+//   <*, 64, 4>                     114 - 120              4           28 KB
+//   <*, 80 and 96, 4>              130 - 168              3   34 and 40 KB
+//   <*, 128, 4>                          168              3           52 KB
+//   float32, <float, 32, 2>              128              4           18 KB
+//   <float, 64 .. 128, 2>          144 - 168              3    34 .. 66 KB
 #pragma once
 #include "attention_tile.cuh"
 
@@ -56,7 +56,7 @@ __host__ __device__ constexpr int attention_blocks(int width, int tiles, bool re
 template <int kWidth, typename T>
 __device__ __forceinline__ void write_row(const AttentionBatch& g, int64_t head, int64_t row, int r,
                                           const float (&out)[kWidth / 8][4]) {
-  T* to = static_cast<T*>(g.out) + ((head / g.H * g.Nq + row) * g.H + head % g.H) * g.D + threadIdx.x % 4 * 2;
+  T* to = g.result<T>(head, row) + threadIdx.x % 4 * 2;
 #pragma unroll
   for (int d = 0; d < kWidth / 8; ++d) {
     Pack<T, 2> pair;

@@ -10,7 +10,7 @@
 // Floor, DeiT-S B=256 N=197 H=6 D=64 bf16: cls keys 38.7 MB = 9 us; mean q and k 77.4 MB = 18 us, 7.6 GFLOP = 10 us.
 //
 //   sm_90                         registers   blocks an SM   shared memory
-//   cls_kernel                      75 - 96          2 - 3
+//   cls_kernel                      72 - 96          2 - 3
 //   column_kernel<*, 32 .. 128>    94 - 128          3 - 4     11 .. 67 KB
 //   head_mean_kernel                     32              8
 #pragma once
@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(kThreads, 2) cls_kernel(const AttentionBatch g
   const int first = threadIdx.x % 8 * 8;
   const unsigned lanes = 0xffu << threadIdx.x % kWarp / 8 * 8;
   const T* keys = g.key<T>(head, 0);
-  const float* size = g.size ? g.size + head / g.H * g.N : nullptr;
+  const float* size = g.sizes(head, 0);
   float* p = g.partial + head * g.N;
   float* room = reinterpret_cast<float*>(shared_memory());
 

@@ -33,17 +33,29 @@ struct AttentionBatch {
   bool negate;   // q, for a scale below 0
   bool aligned;  // every row of q, k and v starts at a multiple of 16 bytes
 
+  // Of a head counted over the whole batch; a grid has fewer than 2^32 blocks.
+  __device__ __forceinline__ int64_t image(int64_t head) const { return unsigned(head) / unsigned(H); }
+  __device__ __forceinline__ int64_t within(int64_t head) const { return unsigned(head) % unsigned(H); }
+
   template <typename T>
   __device__ __forceinline__ const T* query(int64_t head, int64_t row) const {
-    return static_cast<const T*>(q) + head / H * q_b + head % H * q_h + row * q_n;
+    return static_cast<const T*>(q) + image(head) * q_b + within(head) * q_h + row * q_n;
   }
   template <typename T>
   __device__ __forceinline__ const T* key(int64_t head, int64_t row) const {
-    return static_cast<const T*>(k) + head / H * k_b + head % H * k_h + row * k_n;
+    return static_cast<const T*>(k) + image(head) * k_b + within(head) * k_h + row * k_n;
   }
   template <typename T>
   __device__ __forceinline__ const T* value(int64_t head, int64_t row) const {
-    return static_cast<const T*>(v) + head / H * v_b + head % H * v_h + row * v_n;
+    return static_cast<const T*>(v) + image(head) * v_b + within(head) * v_h + row * v_n;
+  }
+  template <typename T>
+  __device__ __forceinline__ T* result(int64_t head, int64_t row) const {
+    return static_cast<T*>(out) + ((image(head) * Nq + row) * H + within(head)) * D;
+  }
+  // size from key `first` of the head's image on, or null.
+  __device__ __forceinline__ const float* sizes(int64_t head, int64_t first) const {
+    return size ? size + image(head) * N + first : nullptr;
   }
 };
 
@@ -116,7 +128,7 @@ struct KeyChunk {
 
   __device__ __forceinline__ void stage(const AttentionBatch& g, int64_t head, int first) const {
     const int count = g.N - first;
-    const float* size = g.size ? g.size + head / g.H * g.N + first : nullptr;
+    const float* size = g.sizes(head, first);
     stage_rows<kWidth, kAttentionThreads>(g, g.key<T>(head, first), g.k_n, kKeys, count, false, k,
                                           [](int) { return true; });
     if (kValues && g.out)  // 0 times a NaN would be one

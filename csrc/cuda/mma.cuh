@@ -6,6 +6,8 @@
 //   c, 16 x 8, four floats:   row g, columns 2t and 2t + 1; then row g + 8
 // so that the c of two neighbouring tiles, rounded, is an a: q k^T feeds p v without leaving the registers.
 #pragma once
+#include <type_traits>
+
 #include "device.cuh"
 #ifndef __CUDACC__
 #include "mma.h"

@@ -2,8 +2,7 @@
 //
 // cls_kernel     a block takes a head and reads its keys once, eight lanes a key.
 // column_kernel  a block takes 64 keys of a head, its warps 16 query rows at a time; p comes from the maximum and the
-// sum
-//                that attention_kernel left of each row.
+//                sum that attention_kernel left of each row.
 // head_mean_kernel adds the heads in order. So "cls" is two launches; "mean" two where attention_kernel is resident and
 // emits the column sums itself, else three, the logits being calculated twice.
 //

@@ -63,6 +63,23 @@ BAD = {
     "r list with a negative": (["bench", MODEL, "--r=4,-4"], "-4"),
     "inflection too steep": (["bench", MODEL, "--r", "4", "--inflection", "2"], "inflection"),
     "inflection of a list": (["bench", MODEL, "--r", "4,4", "--inflection", "1"], "r must be"),
+    "keep rate is no number": (["bench", MODEL, "--method", "evit", "--keep-rate", "half"], "--keep-rate"),
+    "keep rate above 1": (["bench", MODEL, "--method", "evit", "--keep-rate", "1.5"], "keep_rate must be in (0, 1]"),
+    "keep rate of tome": (["bench", MODEL, "--keep-rate", "0.5"], "tome has no option 'keep_rate'"),
+    "r of evit": (["bench", MODEL, "--method", "evit", "--r", "5"], "evit has no option 'r'"),
+    "stage beyond the model": (["bench", MODEL, "--method", "topk"], "stages must be below 6"),
+    "stages in disorder": (["bench", MODEL, "--method", "topk", "--stages", "3,1"], "ascending"),
+    "stage is no number": (["bench", MODEL, "--method", "topk", "--stages", "first"], "--stages"),
+    "unknown rule": (["bench", MODEL, "--method", "topk", "--rule", "mine"], "rule must be one of evit, wttu"),
+    "unknown scores": (["bench", MODEL, "--method", "topk", "--scores", "max"], "scores must be"),
+    "rate and tokens": (
+        ["bench", MODEL, "--method", "metr", "--tokens", "9,9,9", "--keep-rate", "0.5"],
+        "give either keep_rate= or tokens=",
+    ),
+    "no class token": (
+        ["bench", "vit_medium_patch16_gap_240", "--method", "evit"],
+        'no class token to score by; use scores="mean"',
+    ),
     "missing image": (["bench", MODEL, "--image", "/nowhere/cat.jpg"], "/nowhere/cat.jpg"),
     "no such device": (["bench", MODEL, "--device", "quantum"], "quantum"),
     "device that is none": (["bench", MODEL, "--device", "mps"], "mps"),
@@ -237,6 +254,71 @@ def test_bench_in_bfloat16_with_a_slope(capsys):
     argv = ["bench", MODEL, "--r", "8", "--inflection", "-1", "--dtype", "bfloat16", "--rounds", "1", "--device", "cpu"]
     assert main(argv) == 0
     assert "bfloat16" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "tokens"),
+    [
+        (["--method", "topk"], [101, 101, 71, 71, 50, 50, 35]),
+        (["--method", "evit", "--keep-rate", ".5"], [101, 101, 52, 52, 28, 28, 16]),
+        (["--method", "metr", "--tokens", "60,30,3"], [101, 101, 62, 62, 32, 32, 5]),
+    ],
+)
+def test_bench_of_methods_that_select(argv, tokens, tmp_path, capsys):
+    saved = tmp_path / "out.json"
+    argv = ["bench", MODEL, *argv, "--stages", "1,3,5", "--rounds", "1", "--device", "cpu", "--threads", "1"]
+    assert main([*argv, "--json", str(saved), "--plot", str(tmp_path / "out.png")]) == 0
+    record = json.loads(saved.read_text())
+    assert record["tokens"] == tokens and record["options"]["stages"] == [1, 3, 5]
+    agreed = record["agreement"]
+    assert agreed["passed"] and agreed["steps"] == 3 and agreed["wrong"] == 0 and 0 < agreed["attention_error"] <= 1
+    assert min(agreed["cosine_with"].values()) > 0.999 and agreed["cosine_with"].keys() == {"reference", "plain"}
+    method = argv[3]
+    assert {"dense", method, "oracle", "plain_sdpa", "plain_explicit"} <= record["timing"].keys()
+
+
+def _keeps_the_worst(x, score, k, prefix=1, *, fuse="none"):
+    return reference.topk_gather(x, -score, k, prefix, fuse=fuse)
+
+
+def _fuses_the_mean(x, score, k, prefix=1, *, fuse="none"):
+    return reference.topk_gather(x, score, k, prefix, fuse="mean")
+
+
+def _scores_late(q, k, v, size=None, *, scale=None, scores="none"):
+    out, emitted = reference.attention(q, k, v, size, scale=scale, scores=scores)
+    return out, emitted.roll(1, 1)
+
+
+def _attends_flatly(q, k, v, size=None, *, scale=None, scores="none"):
+    return reference.attention(q, k, v, size, scale=0.9 * q.shape[-1] ** -0.5, scores=scores)
+
+
+@pytest.mark.parametrize(
+    ("op", "bug", "caught"),
+    [
+        ("topk_gather", _keeps_the_worst, "wrong"),
+        ("topk_gather", _fuses_the_mean, "step_error"),
+        ("attention", _scores_late, "attention_error"),
+        ("attention", _attends_flatly, "attention_error"),
+    ],
+)
+def test_wrong_kernel_of_a_selection_is_caught(op, bug, caught):
+    import timm
+
+    from tokred_kernels.cli import variants
+
+    torch.manual_seed(0)
+    found = variants.build(timm.create_model(MODEL).eval(), "evit", keep_rate=0.5, stages=(1, 3))
+    pixels = torch.randn(1, 3, 160, 160)
+    override = Library("tokred", "IMPL")
+    override.impl(op, bug, "CPU", allow_override=True)
+    try:
+        with torch.inference_mode():
+            checked = variants.verify(found, "evit", pixels, 1)
+    finally:
+        override._destroy()
+    assert not checked["passed"] and checked[caught] > (1 if caught == "attention_error" else 1e-3)
 
 
 def _matches_one_channel(x, metric, r, prefix=1, size=None):

@@ -7,7 +7,7 @@ import timm
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from vits import images, tiny
+from vits import images, reduced, tiny
 
 import tokred_kernels as tokred
 from tokred_kernels import schedule
@@ -107,6 +107,83 @@ def test_macs_of_the_published_table(name, r, published):
         assert schedule.macs(model) == schedule.macs(model, 0)
 
 
+@pytest.mark.parametrize(
+    "options, published",
+    [
+        (dict(method="evit", keep_rate=0.7), 3.03),
+        (dict(method="evit", keep_rate=0.5), 2.31),
+        (dict(method="evit", keep_rate=0.7, fuse=False), 3.00),
+        (dict(method="topk", keep_rate=0.9), 3.96),
+        (dict(method="topk", keep_rate=0.7), 2.98),
+        (dict(method="topk", keep_rate=0.5), 2.28),
+        (dict(method="topk", keep_rate=0.25), 1.70),
+        (dict(method="metr", tokens=[196, 179, 155, 126, 108, 97, 79, 65, 51, 36, 30, 2]), 2.3),
+        (dict(method="metr", tokens=[196, 193, 175, 155, 140, 132, 120, 106, 87, 63, 55, 2]), 2.9),
+    ],
+    ids=str,
+)
+def test_macs_of_the_published_selections(options, published):
+    digits = len(str(published).partition(".")[2])
+    assert round(schedule.macs(meta("deit_small_patch16_224"), **options) / 1e9, digits) == published
+
+
+@pytest.mark.parametrize(
+    "rule, fuse, keep_rate, kept",
+    [
+        ("wttu", False, 0.9, [176, 158, 142]),
+        ("wttu", False, 0.7, [137, 96, 67]),
+        ("wttu", False, 0.5, [98, 49, 24]),
+        ("wttu", False, 0.25, [49, 12, 3]),
+        ("evit", False, 0.9, [177, 160, 144]),
+        ("evit", False, 0.7, [138, 97, 68]),
+        ("evit", False, 0.5, [98, 49, 25]),
+        ("evit", False, 0.25, [49, 13, 4]),
+        ("evit", True, 0.9, [177, 161, 146]),
+        ("evit", True, 0.7, [138, 98, 70]),
+        ("evit", True, 0.5, [98, 50, 26]),
+        ("evit", True, 0.25, [49, 13, 4]),
+        ("wttu", True, [0.9, 0.5, 0.25], [176, 98, 49]),
+        ("evit", False, [0.5, 1, 0.5], [98, 98, 49]),
+    ],
+    ids=str,
+)
+def test_patches_kept_in_the_published_stages(rule, fuse, keep_rate, kept):
+    removed = schedule.unkept(12, 196, (3, 6, 9), schedule.ratios(keep_rate, 3, rule), rule=rule, fuse=fuse)
+    left = 196
+    for block, r in enumerate(removed):
+        if block in (3, 6, 9):
+            assert left - r == kept[block // 3 - 1]
+            left = left - r + (fuse and r > 0)
+        else:
+            assert r == 0
+
+
+def test_rates_are_the_decimals_that_were_written():
+    assert schedule.ratios(0.55, 1, "evit") == ((11, 20),)
+    assert schedule.ratios(0.1 + 0.2, 2, "wttu") == ((3, 10), (9, 100))
+    assert schedule.ratios([1, 0.5], 2, "wttu") == ((1, 1), (1, 2))
+    assert schedule.unkept(1, 100, (0,), schedule.ratios(0.55, 1, "evit")) == (45,)  # ceil(0.55 * 100) is 56 in floats
+    assert schedule.unkept(1, 100, (0,), schedule.ratios(0.29, 1, "wttu"), rule="wttu") == (71,)  # int(0.29 * 100): 28
+    assert all(d <= 10**9 for _, d in schedule.ratios(0.123456789, 24, "wttu"))
+
+
+@given(
+    st.integers(0, 60),
+    st.integers(0, 5),
+    st.lists(st.integers(1, 70), min_size=1, max_size=6),
+    st.booleans(),
+)
+def test_selected_counts_as_the_op_does(patches, prefix, counts, fuse):
+    removed = schedule.unkept(len(counts), patches, range(len(counts)), None, counts, fuse=fuse)
+    n = patches + prefix
+    for (attention, mlp), r in zip(schedule.selected(removed, patches, prefix, fuse), removed, strict=True):
+        assert attention == n
+        score, k = torch.zeros(1, n), n - prefix - r
+        out, assign = tokred.topk_gather(torch.zeros(1, n, 2), score, k, prefix, fuse="sum" if fuse else "none")
+        n = out.shape[1]
+        assert mlp == n and (r > 0) == bool((assign != torch.arange(assign.shape[1])).any() or (fuse and r == 1))
+
+
 class CountMacs(torch.utils._python_dispatch.TorchDispatchMode):
     """The matrix products that actually run."""
 
@@ -139,6 +216,16 @@ def test_macs_are_those_that_run(name, r):
     assert schedule.macs(model) == counted.macs == schedule.macs(tiny(name), r)
 
 
+@pytest.mark.parametrize("method", ["topk", "evit"])
+@pytest.mark.parametrize("name", ["distilled", "map-reg4"])
+def test_macs_of_a_selection_are_those_that_run(name, method):
+    model = reduced(tiny(name), method, keep_rate=0.6, stages=(0, 2))
+    with torch.no_grad(), CountMacs() as counted:
+        model(images(1))
+    options = dict(keep_rate=0.6, stages=(0, 2), scores=model.tokred_method.scores)
+    assert schedule.macs(model) == counted.macs == schedule.macs(tiny(name), method=method, **options)
+
+
 def test_tokens_of_a_patched_model_are_those_of_its_forward():
     model = tokred.apply(tiny("deit"), "tome", r=[5, 0, 40, 2, 9])
     with torch.no_grad(), tokred.trace(model) as t:
@@ -169,6 +256,35 @@ def test_r_for_macs_refuses_a_fraction_outside_0_1(fraction):
 def test_r_for_macs_says_what_can_be_reached():
     with pytest.raises(ValueError, match=r"no r leaves 1\.0% of 0\.002 G MACs; the most, r = 36, leaves 4"):
         schedule.r_for_macs(tiny("deit"), 0.01)
+
+
+@pytest.mark.parametrize(
+    "options", [dict(), dict(method="topk"), dict(method="metr", stages=(2, 4), fuse=False)], ids=str
+)
+@pytest.mark.parametrize("fraction", [1, 0.8, 0.63])
+def test_keep_rate_for_macs_is_the_largest_within_the_budget(fraction, options):
+    model = meta("deit_small_patch16_224")
+    rate = schedule.keep_rate_for_macs(model, fraction, **options)
+    options = {"method": "evit", **options}
+    assert schedule.macs(model, keep_rate=rate, **options) <= fraction * schedule.macs(model)
+    assert rate == 1 or schedule.macs(model, keep_rate=rate + 0.001, **options) > fraction * schedule.macs(model)
+
+
+def test_keep_rate_for_macs_of_deit_small():
+    model = meta("deit_small_patch16_224")
+    assert schedule.keep_rate_for_macs(model, 0.6) == 0.632
+    assert schedule.keep_rate_for_macs(model, 1) == 1
+
+
+def test_keep_rate_for_macs_says_what_can_be_reached():
+    with pytest.raises(
+        ValueError, match=r"no keep rate leaves 20\.0% of 4\.599 G MACs; the lowest, 0\.001, leaves 2\d\.\d%"
+    ):
+        schedule.keep_rate_for_macs(meta("deit_small_patch16_224"), 0.2)
+    with pytest.raises(ValueError, match=r"keep_rate_for_macs: fraction must be in \(0, 1\], got 0"):
+        schedule.keep_rate_for_macs(tiny("deit"), 0)
+    with pytest.raises(ValueError, match="evit: stages must be below 4, the number of blocks"):
+        schedule.keep_rate_for_macs(tiny("deit"), 0.5)
 
 
 def test_r_for_speed_is_the_smallest_r_that_reaches_the_speed():

@@ -11,6 +11,7 @@ from cases import DTYPES, _name, lay_out
 from torch import Tensor
 
 MASKING = ("zeros", "negative", "nan", "masked", "one-left", "image-masked", "first-masked", "late", "early")
+DIFFERENTIABLE = ("normal", "equal", "duplicates", "rising", "falling", "garbage")  # traps: every gradient is finite
 SIZES = ("ones", "counts", "fraction", "large", "float16", "float64", *MASKING)
 
 

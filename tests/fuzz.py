@@ -1,7 +1,7 @@
 """Random cases of every op against the float64 oracle: `make fuzz`, or `python -m tests.fuzz --cases 100000 --seed 1`.
 
-Each case is a MatchCase, a MergeCase or a TopkCase with random fields, run by one of the CPU's instruction sets; a
-failure prints its recipe.
+Each case is a MatchCase, a MergeCase, a TopkCase or an AttentionCase with random fields, run by one of the CPU's
+instruction sets; a failure prints its recipe.
 """
 
 import argparse
@@ -13,8 +13,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import attention_oracle
 import topk_oracle
-from cases import MATCH_CASES, MERGE_CASES, MatchCase, MergeCase
+from attention_cases import ATTENTION_CASES, DIFFERENTIABLE, SIZES, AttentionCase
+from cases import ISAS, MATCH_CASES, MERGE_CASES, MatchCase, MergeCase
 from oracle import check_assign, check_merge
 from topk_cases import FUSE, TRAPS, TopkCase
 
@@ -23,6 +25,7 @@ import tokred_kernels as tokred
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 MATCH_TRAPS = sorted({c.trap for c in MATCH_CASES})
 MERGE_FIELDS = {name: sorted({getattr(c, name) for c in MERGE_CASES}) for name in ("kind", "size", "weight", "trap")}
+ATTENTION_TRAPS = sorted({c.trap for c in ATTENTION_CASES})
 
 
 def random_match(rng: random.Random, seed: int) -> MatchCase:
@@ -79,6 +82,26 @@ def random_topk(rng: random.Random, seed: int) -> TopkCase:
     )
 
 
+def random_attention(rng: random.Random, seed: int) -> AttentionCase:
+    N = rng.choice((1, 2, rng.randint(3, 40), rng.randint(3, 140)))
+    size_kind = rng.choice(("none", *SIZES))
+    traps = [t for t in ATTENTION_TRAPS if t != "garbage" or size_kind != "none"]
+    return AttentionCase(
+        B=rng.randint(1, 3),
+        H=rng.randint(1, 3),
+        N=N,
+        Nq=rng.choice((None, None, 1, rng.randint(0, 80))),
+        D=8 * rng.randint(1, 16),
+        dtype=rng.choice(DTYPES),
+        size_kind=size_kind,
+        scores=rng.choice(("none", "cls", "mean")),
+        scale=rng.choice((None, None, 1.0, -0.1)),
+        layout=rng.choice(("fused", "fused", "contiguous", "sliced", "inner", "expanded", "one-head")),
+        trap=rng.choice(("normal", *traps)),
+        seed=seed,
+    )
+
+
 def run_match(case: MatchCase) -> None:
     x, metric, size, weight = case.x(), case.metric(), case.size(), case.weight()
     check_assign(
@@ -102,9 +125,23 @@ def run_topk(case: TopkCase) -> None:
         topk_oracle.check_gather(got, x, score, case.k, case.p, fuse)
 
 
+def run_attention(case: AttentionCase) -> None:
+    q, k, v, size = *case.qkv(), case.size()
+    out, scores = tokred.attention(q, k, v, size, **case.keywords)
+    attention_oracle.check(case, out, scores)
+    if case.scores != "none":
+        attention_oracle.check_scores(tokred.attention_scores(q, k, size, **case.keywords), case)
+    if case.trap in DIFFERENTIABLE:
+        grads = torch.ops.tokred.attention_backward(*case.grads(), q, k, v, out, size, **case.keywords)
+        attention_oracle.check_gradients(case, grads)
+
+
+RUN = {random_match: run_match, random_topk: run_topk, random_attention: run_attention}
+
+
 def available_isas() -> list[str]:
     found = []
-    for isa in ("amx", "avx512", "avx2", "portable"):
+    for isa in ISAS:
         try:
             with tokred.use_backend("cpu", isa=isa):
                 found.append(isa)
@@ -118,16 +155,14 @@ def fuzz(cases: int, seed: int, report_every: int = 10_000) -> None:
     for n in range(cases):
         isa = isas[n % len(isas)]
         reduce = rng.choice(("mean", "sum", "amax"))
-        (make,) = rng.choices((random_match, random_merge, random_topk), (2, 2, 1))
+        (make,) = rng.choices((random_match, random_merge, random_topk, random_attention), (2, 2, 1, 1))
         case = make(rng, seed * 1_000_003 + n)
         try:
             with tokred.use_backend("cpu", isa=isa):
-                if make is random_match:
-                    run_match(case)
-                elif make is random_merge:
+                if make is random_merge:
                     run_merge(case, reduce)
                 else:
-                    run_topk(case)
+                    RUN[make](case)
         except BaseException:
             print(f"case {n} of seed {seed} fails on {isa}, reduce={reduce}: {case!r}", file=sys.stderr)
             raise

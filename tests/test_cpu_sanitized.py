@@ -16,8 +16,9 @@ CACHE = ROOT / ".cache" / "sanitized"
 FLAGS = ["-O1", "-g", "-std=c++17", "-fPIC", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 
-def _library(csrc: Path = ROOT / "csrc") -> Path:
-    """_C built with the sanitizers, cached by the hash of its sources."""
+def _library(csrc: Path = ROOT / "csrc", others: Path | None = None) -> Path:
+    """_C built with the sanitizers, cached by the hash of its sources; with `others`, the folder of such a library,
+    only the portable kernels are compiled and the rest is taken from there."""
     sources = sorted([*csrc.glob("*.*"), *csrc.glob("cpu/*.*")])
     digest = hashlib.sha256(b"".join(s.read_bytes() for s in sources) + " ".join(FLAGS).encode()).hexdigest()[:16]
     library = CACHE / digest / "_C.abi3.so"
@@ -26,13 +27,15 @@ def _library(csrc: Path = ROOT / "csrc") -> Path:
     library.parent.mkdir(parents=True, exist_ok=True)
     flags = [*FLAGS, "-DTORCH_TARGET_VERSION=0x020a000000000000", *(f"-I{path}" for path in include_paths())]
 
-    def compile_one(source: Path) -> str:
+    def compile_one(source: Path) -> Path:
         target = library.parent / f"{source.stem}.o"
-        subprocess.run(["g++", *flags, "-c", str(source), "-o", str(target)], check=True)
-        return str(target)
+        subprocess.run(["g++", *flags, "-c", source, "-o", target], check=True)
+        return target
 
+    mine = [s for s in sources if s.suffix == ".cpp" and (others is None or s.stem == "isa_portable")]
     with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compile_one, [s for s in sources if s.suffix == ".cpp"]))
+        objects = list(pool.map(compile_one, mine))
+    objects += [] if others is None else [o for o in others.glob("*.o") if o.stem != "isa_portable"]
     paths = [f"-L{path}" for path in library_paths()]
     built = library.with_suffix(".tmp")
     subprocess.run(["g++", *flags, "-shared", *objects, *paths, "-ltorch", "-ltorch_cpu", "-o", built], check=True)
@@ -69,15 +72,21 @@ def run(tmp_path_factory):
     return _runner(_library(), tmp_path_factory.mktemp("sanitized"))
 
 
+PLANTED = [
+    ("match_image.h", "na_pad = round_up(na, W)", "na_pad = na"),
+    ("attention_vector.h", "return round_up(keys, kKeyRows);", "return keys;"),
+]
+
+
 @pytest.fixture(scope="module")
 def run_planted(tmp_path_factory):
     folder = tmp_path_factory.mktemp("planted")
     shutil.copytree(ROOT / "csrc", folder / "csrc", ignore=shutil.ignore_patterns("cuda"))
-    kernel = folder / "csrc/cpu/match_image.h"
-    good, bad = "na_pad = round_up(na, W)", "na_pad = na"
-    assert good in kernel.read_text()
-    kernel.write_text(kernel.read_text().replace(good, bad))
-    return _runner(_library(folder / "csrc"), folder)
+    for file, good, bad in PLANTED:
+        kernel = folder / "csrc/cpu" / file
+        assert good in kernel.read_text()
+        kernel.write_text(kernel.read_text().replace(good, bad))
+    return _runner(_library(folder / "csrc", _library().parent), folder)
 
 
 def test_random_cases(run):
@@ -117,13 +126,37 @@ print("clean")
     assert done.returncode == 0 and "clean" in done.stdout, done.stderr[-3000:]
 
 
-def test_a_planted_bug_is_found(run_planted):
-    """Regression: 5 rows in AVX2's 4 lanes of double were ranked with lanes of memory that was never written."""
+def test_table_of_attention_cases(run):
+    """A quarter of the small ones on each instruction set, and what reaches past one block of keys."""
     code = """
+from attention_cases import ATTENTION_CASES, AttentionCase
+from fuzz import available_isas, run_attention
+import torch, tokred_kernels as tokred
+long = [AttentionCase(B=1, H=1, N=1100, Nq=20, D=24, size_kind=s, scores="mean") for s in ("none", "late")]
+for n, isa in enumerate(available_isas()):
+    with tokred.use_backend("cpu", isa=isa):
+        for case in [c for c in ATTENTION_CASES if c.small and c.N][n::4] + long: run_attention(case)
+print("clean")
+"""
+    done = run(code)
+    assert done.returncode == 0 and "clean" in done.stdout, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize(
+    "call, where",
+    [
+        # Regression: 5 rows in AVX2's 4 lanes of double were ranked with lanes of memory that was never written.
+        ("tokred.match(torch.randn(1, 9, 3), 4, 0)", "rank_of"),
+        ("tokred.attention(*torch.randn(3, 1, 1, 9, 8))", "logit_rows"),
+    ],
+    ids=["match", "attention"],
+)
+def test_a_planted_bug_is_found(call, where, run_planted):
+    """Rows rounded up to whole tiles in the scratch's use, but not in its size."""
+    done = run_planted(f"""
 import torch, tokred_kernels as tokred
 with tokred.use_backend("cpu", isa="portable"):
-    tokred.match(torch.randn(1, 9, 3), 4, 0)
-"""
-    done = run_planted(code)
+    {call}
+""")
     assert done.returncode != 0
-    assert "AddressSanitizer: use-after-poison" in done.stderr and "rank_of" in done.stderr
+    assert "AddressSanitizer: use-after-poison" in done.stderr and where in done.stderr

@@ -56,20 +56,19 @@ def test_wrong_kernel_of_a_selection_is_caught(op, bug, caught):
     assert not checked["passed"] and checked[caught] > (1 if caught == "attention_error" else 1e-3)
 
 
-def _matches_one_channel(x, metric, r, prefix=1, size=None):
-    assign = reference.match(metric[..., :1], r, prefix)
-    return (*reference.merge(x, assign, x.shape[1] - r, size), assign)
+def _matches_one_channel(metric, r, prefix=1, weight=None, *, power=1.0, two_way=False):
+    return reference.match(metric[..., :1], r, prefix)
 
 
-def _forgets_sizes(x, metric, r, prefix=1, size=None):
-    return reference.match_merge(x, metric, r, prefix)
+def _forgets_sizes(x, assign, m, size=None, weight=None, *, reduce="mean"):
+    return reference.merge(x, assign, m)
 
 
-@pytest.mark.parametrize("bug", [_matches_one_channel, _forgets_sizes])
-def test_wrong_kernel_is_caught_and_nothing_is_timed(bug, tmp_path, capsys):
+@pytest.mark.parametrize(("op", "bug"), [("match", _matches_one_channel), ("merge", _forgets_sizes)])
+def test_wrong_kernel_is_caught_and_nothing_is_timed(op, bug, tmp_path, capsys):
     saved = tmp_path / "out.json"
     override = Library("tokred", "IMPL")
-    override.impl("match_merge", bug, "CPU", allow_override=True)
+    override.impl(op, bug, "CPU", allow_override=True)
     try:
         status = main(["bench", MODEL, "--rounds", "1", "--device", "cpu", "--json", str(saved)])
     finally:

@@ -116,7 +116,8 @@ def test_a_token_of_size_2_counts_as_two_in_proportional_attention():
     doubled = torch.cat([x, x[:, 4:5]], 1)
     size = torch.ones(2, 10)
     size[:, 4] = 2
-    torch.testing.assert_close(block.attend(x, size)[0], block.attend(doubled, None)[0][:, :10], rtol=1e-5, atol=1e-5)
+    sized, twice = block.attend(*block.project(x), size)[0], block.attend(*block.project(doubled))[0]
+    torch.testing.assert_close(sized, twice[:, :10], rtol=1e-5, atol=1e-5)
 
 
 def test_constant_tokens_stay_constant():
@@ -186,15 +187,16 @@ class CountOps(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_a_reducing_step_dispatches_one_op_beyond_the_dense_block():
-    """C10: match_merge; our attention stands for torch's, and views touch no memory."""
+def test_a_reducing_step_dispatches_two_ops_beyond_the_dense_block():
+    """C10: match and merge; our attention stands for torch's, and views touch no memory."""
     dense = tiny("deit").blocks[0]
     block = tokred.apply(tiny("deit"), "tome", r=5).blocks[0]
     x, size = torch.randn(2, 37, 32), torch.ones(2, 37)
     with torch.no_grad(), CountOps() as plain:
         dense(x)
     names = ["tokred::attention" if "attention" in name else name for name in plain.names]
-    for sizes, r, extra in ((None, 5, ["tokred::match_merge"]), (size, 5, ["tokred::match_merge"]), (size, 0, [])):
+    step = ["tokred::match", "tokred::merge"]
+    for sizes, r, extra in ((None, 5, step), (size, 5, step), (size, 0, [])):
         with torch.no_grad(), CountOps() as counted:
             block(x, sizes, r)
         assert sorted(counted.names) == sorted(names + extra)

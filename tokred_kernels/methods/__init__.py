@@ -14,9 +14,9 @@ from .topk import TopK
 class Method(Protocol):
     """A frozen dataclass: its fields are the options, checked in __post_init__; it holds nothing of a forward.
 
-    `block` in `step` is the model's block: `tokred_prefix`, the protected tokens in front; `attend(x, size, scores)`,
-    its attention branch, keys [B, H, N, D] and scores [B, N]; `feed_forward(x)`, its MLP branch. Residuals are the
-    method's to add.
+    `block` in `step` is the model's block: `tokred_prefix`, the protected tokens in front; `project(x)`, its queries,
+    keys and values [B, H, N, D]; `attend(q, k, v, size, scores)`, its attention branch and the scores [B, N];
+    `feed_forward(x)`, its MLP branch. Residuals are the method's to add.
     """
 
     sized: ClassVar[bool]  # its tokens have sizes: attention counts them, averages weigh them

@@ -98,9 +98,9 @@ class TopK:
     def step(self, block, x: Tensor, size: Tensor | None, r: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
         assign = None
         if r == 0:
-            x = x + block.attend(x)[0]
+            x = x + block.attend(*block.project(x))[0]
         else:
-            branch, _, scores = block.attend(x, scores=self.scores)
+            branch, scores = block.attend(*block.project(x), scores=self.scores)
             x = x + branch
             prefix = block.tokred_prefix
             x, assign = torch.ops.tokred.topk_gather(x, scores, x.shape[1] - prefix - r, prefix, fuse=self.fusion)

@@ -181,7 +181,7 @@ class _Oracle(_Baseline):
         for block, r in zip(self.model.blocks, self.removed, strict=True):
             m = x.shape[1] - max(0, min(r, x.shape[1] - self.model.num_prefix_tokens))
             if self.patched:
-                attended = ReducedBlock.attend(block, x)[0]
+                attended = ReducedBlock.attend(block, *ReducedBlock.project(block, x))[0]
             else:
                 attended = block.drop_path1(block.ls1(block.attn(block.norm1(x))))
             # Sliced before the addition: its result is then dense in memory, and no copy is charged to the oracle.

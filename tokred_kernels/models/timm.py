@@ -97,18 +97,22 @@ class ReducedBlock(Block):
             x, size, assign = self.tokred_method.step(self, x, size, 0 if r is None else r)
         return (x, size, assign) if with_assign else (x, size)
 
-    def attend(
-        self, x: Tensor, size: Tensor | None = None, scores: str = "none"
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The attention branch [B, N, C], each key counted size times; the keys [B, H, N, D]; the scores [B, N]."""
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values [B, H, N, D], views of one projection."""
         attn = self.attn
         B, N, _ = x.shape
         qkv = attn.qkv(self.norm1(x)).reshape(B, N, 3, attn.num_heads, attn.head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        q, k = attn.q_norm(q), attn.k_norm(k)
+        return attn.q_norm(q), attn.k_norm(k), v
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, size: Tensor | None = None, scores: str = "none"
+    ) -> tuple[Tensor, Tensor | None]:
+        """The attention branch [B, N, C], each key counted size times, and the scores [B, N]."""
+        attn = self.attn
         y, emitted = attend(q, k, v, size, scores=scores, dropout=attn.attn_drop.p if self.training else 0.0)
-        y = attn.norm(y.transpose(1, 2).reshape(B, N, attn.attn_dim))
-        return self.drop_path1(self.ls1(attn.proj_drop(attn.proj(y)))), k, emitted
+        y = attn.norm(y.transpose(1, 2).reshape(q.shape[0], q.shape[2], attn.attn_dim))
+        return self.drop_path1(self.ls1(attn.proj_drop(attn.proj(y)))), emitted
 
     def feed_forward(self, x: Tensor) -> Tensor:
         """The MLP branch [B, N, C]."""

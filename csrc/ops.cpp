@@ -20,11 +20,9 @@ STABLE_TORCH_LIBRARY(tokred, m) {
   m.def(
       "attention_backward(Tensor? grad_out, Tensor? grad_scores, Tensor q, Tensor k, Tensor v, Tensor out, "
       "Tensor? size=None, *, float? scale=None, str scores=\"none\") -> (Tensor, Tensor, Tensor)");
-  m.def(
-      "attention_scores(Tensor q, Tensor k, Tensor? size=None, *, float? scale=None, str scores=\"cls\") -> Tensor");
+  m.def("attention_scores(Tensor q, Tensor k, Tensor? size=None, *, float? scale=None, str scores=\"cls\") -> Tensor");
   m.def("topk(Tensor score, SymInt k, SymInt prefix=1, bool fuse=False) -> Tensor");
-  m.def(
-      "topk_gather(Tensor x, Tensor score, SymInt k, SymInt prefix=1, *, str fuse=\"none\") -> (Tensor, Tensor)");
+  m.def("topk_gather(Tensor x, Tensor score, SymInt k, SymInt prefix=1, *, str fuse=\"none\") -> (Tensor, Tensor)");
   // Names the instruction set that the CPU kernels use; with a name, selects it for the whole process (tests,
   // benchmarks).
   m.def("cpu_isa(str name=\"\") -> str");

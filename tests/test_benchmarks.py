@@ -18,6 +18,7 @@ from tokred_kernels.models import baselines
 
 SMALL = {"img_size": 64, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": 5}
 R = [9, 0, 7]
+COUNTS = [(60, 51), (51, 51), (51, 44)]
 
 
 @pytest.fixture(params=["token", "avg", "distilled"])
@@ -52,20 +53,23 @@ class TestBaselines:
         expected = [after for _, after in schedule.tokens(reduced)]
         assert mlp_tokens(reduced, images) == expected
         for attention in ("sdpa", "tokred"):
-            assert mlp_tokens(baselines.oracle_model(model, R, attention=attention), images) == expected
+            assert (
+                mlp_tokens(baselines.oracle_model(model, schedule.tokens(reduced), attention=attention), images)
+                == expected
+            )
         for attention in baselines.ATTENTION:
             assert mlp_tokens(baselines.plain_model(model, R, attention=attention), images) == expected
 
     @torch.inference_mode()
     def test_oracle_that_slices_nothing_is_the_dense_model(self, model, images):
-        assert torch.equal(baselines.oracle_model(model, [0, 0, 0])(images), model(images))
+        assert torch.equal(baselines.oracle_model(model, schedule.tokens(model))(images), model(images))
 
     @torch.inference_mode()
     def test_attention_of_the_oracle_changes_no_logit(self, model, images):
-        vendor, ours = (baselines.oracle_model(model, R, attention=name)(images) for name in ("sdpa", "tokred"))
+        vendor, ours = (baselines.oracle_model(model, COUNTS, attention=name)(images) for name in ("sdpa", "tokred"))
         torch.testing.assert_close(ours, vendor)
         with pytest.raises(ValueError, match="magic"):
-            baselines.oracle_model(model, R, attention="magic")
+            baselines.oracle_model(model, COUNTS, attention="magic")
 
     @pytest.mark.parametrize("attention", baselines.ATTENTION)
     @torch.inference_mode()
@@ -77,7 +81,7 @@ class TestBaselines:
 
     def test_copies_share_weights_and_leave_the_model_alone(self, model):
         before = {name: id(t) for name, t in model.named_parameters()}
-        copy = baselines.oracle_model(model, R).model
+        copy = baselines.oracle_model(model, COUNTS).model
         assert copy is not model and copy.blocks[0] is not model.blocks[0]
         assert {name: id(t) for name, t in copy.named_parameters()} == before
         tokred.apply(copy, "tome", r=1)
@@ -104,7 +108,7 @@ class TestBaselines:
 
     def test_schedule_of_another_depth_is_refused(self, model):
         with pytest.raises(ValueError, match="3 entries"):
-            baselines.oracle_model(model, [1, 2])
+            baselines.oracle_model(model, COUNTS[:2])
 
     @pytest.mark.parametrize("prefix", [0, 1, 2, 5])
     @pytest.mark.parametrize(("N", "r"), [(40, 9), (41, 1), (41, 17)])

@@ -20,6 +20,7 @@ from torch import nn
 
 Removal: TypeAlias = int | tuple[int, float] | list[int]
 RULES = ("evit", "wttu")
+SITES = ("before", "middle", "after")  # before a block, between its attention and its MLP, after it
 
 
 def removals(r: Removal, depth: int) -> tuple[int, ...]:
@@ -159,13 +160,15 @@ def unkept(
     return tuple(removed)
 
 
-def selected(removed: Sequence[int], patches: int, prefix: int, fuse: bool) -> list[tuple[int, int]]:
-    """(tokens in attention, tokens in the MLP) of each block, from the counts of `unkept`."""
+def selected(
+    removed: Sequence[int], patches: int, prefix: int, fuse: bool, site: str = "middle"
+) -> list[tuple[int, int]]:
+    """(tokens in attention, tokens in the MLP) of each block, from the counts of `unkept` and a site of SITES."""
     counts = []
     n = prefix + patches
     for r in removed:
         left = n - r + int(fuse and r > 0)
-        counts.append((n, left))
+        counts.append((left if site == "before" else n, n if site == "after" else left))
         n = left
     return counts
 

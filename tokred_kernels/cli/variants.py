@@ -31,12 +31,11 @@ def build(model: nn.Module, method: str, **options) -> dict[str, nn.Module]:
     reduced = apply(shared_copy(model), method, **options)
     chosen = reduced.tokred_method
     counts = schedule.tokens(reduced)
-    fewer = [before - after for before, after in counts]
     variants = {
         "dense": model,
         method: reduced,
-        "oracle": oracle_model(model, fewer),
-        "oracle_self": oracle_model(model, fewer, attention="tokred"),
+        "oracle": oracle_model(model, counts),
+        "oracle_self": oracle_model(model, counts, attention="tokred"),
     }
     removed = chosen.schedule(len(counts), counts[0][0] - model.num_prefix_tokens)[: len(counts)]
     selection = {} if chosen.sized else {"scores": chosen.scores, "fuse": chosen.fusion}

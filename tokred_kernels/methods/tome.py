@@ -4,14 +4,15 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .. import schedule
+from ._method import Method
 
 
 @dataclass(frozen=True)
-class ToMe:
+class ToMe(Method):
     """Token merging, for any trained model, without training.
 
     In every block, after attention, each of the r patches at even positions with the best edges merges into its most
@@ -36,7 +37,6 @@ class ToMe:
     prop_attn: bool = True
 
     sized: ClassVar[bool] = True
-    fuses: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "r", schedule.plain(self.r))
@@ -44,9 +44,6 @@ class ToMe:
             raise ValueError(f"tome: r must be at least 0, got {self.r!r}")
         if not isinstance(self.prop_attn, bool):
             raise ValueError(f"tome: prop_attn must be True or False, got {self.prop_attn!r}")
-
-    def check(self, model: nn.Module) -> None:
-        pass
 
     def schedule(self, depth: int, patches: int) -> tuple[int, ...]:
         return schedule.removals(self.r, depth)

@@ -24,17 +24,17 @@ def shared_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
 
 
-def oracle_model(model: nn.Module, removed: Sequence[int], *, attention: str = "sdpa") -> nn.Module:
-    """The model with its tokens sliced, after the attention of each block, to the counts of a reduction schedule.
+def oracle_model(model: nn.Module, counts: Sequence[tuple[int, int]], *, attention: str = "sdpa") -> nn.Module:
+    """The model with its tokens sliced to those that each attention and each MLP of a reduced model sees.
 
     Args:
         model: a timm VisionTransformer; left unchanged, its weights shared.
-        removed: by how many tokens each block leaves fewer, at most all patches.
+        counts: (tokens in attention, tokens in the MLP) of each block, as `tokred_kernels.schedule.tokens` has them.
         attention: "sdpa", timm's own, for which torch picks its best kernel, or "tokred", that of a patched block.
     """
     if attention not in ("sdpa", "tokred"):
         raise ValueError(f"oracle_model: attention must be sdpa or tokred, got {attention!r}")
-    return _Oracle(shared_copy(model), removed, attention == "tokred")
+    return _Oracle(shared_copy(model), counts, attention == "tokred")
 
 
 def plain_model(
@@ -155,12 +155,12 @@ def _parity(x: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
 class _Baseline(nn.Module):
     """Runs the blocks of a timm model one by one; `blocks` decides how the tokens become fewer."""
 
-    def __init__(self, model: nn.Module, removed: Sequence[int]):
+    def __init__(self, model: nn.Module, plan: Sequence):
         super().__init__()
-        if len(removed) != len(model.blocks):
-            raise ValueError(f"removed must have {len(model.blocks)} entries, one a block, got {len(removed)}")
+        if len(plan) != len(model.blocks):
+            raise ValueError(f"a baseline needs {len(model.blocks)} entries, one a block, got {len(plan)}")
         self.model = model
-        self.removed = tuple(removed)
+        self.plan = tuple(plan)
 
     def forward(self, images: Tensor) -> Tensor:
         model = self.model
@@ -173,13 +173,14 @@ class _Baseline(nn.Module):
 
 
 class _Oracle(_Baseline):
-    def __init__(self, model: nn.Module, removed: Sequence[int], patched: bool):
-        super().__init__(model, removed)
+    def __init__(self, model: nn.Module, counts: Sequence[tuple[int, int]], patched: bool):
+        super().__init__(model, counts)
         self.patched = patched
 
     def blocks(self, x: Tensor) -> tuple[Tensor, None]:
-        for block, r in zip(self.model.blocks, self.removed, strict=True):
-            m = x.shape[1] - max(0, min(r, x.shape[1] - self.model.num_prefix_tokens))
+        for block, (n, m) in zip(self.model.blocks, self.plan, strict=True):
+            if n < x.shape[1]:
+                x = x[:, :n].contiguous()
             if self.patched:
                 attended = ReducedBlock.attend(block, *ReducedBlock.project(block, x))[0]
             else:
@@ -203,7 +204,7 @@ class _Plain(_Baseline):
 
     def blocks(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         size = None
-        for block, r in zip(self.model.blocks, self.removed, strict=True):
+        for block, r in zip(self.model.blocks, self.plan, strict=True):
             attended, keys, scores = self.attend(block.attn, block.norm1(x), size, self.scored and r > 0)
             x = x + block.drop_path1(block.ls1(attended))
             x, size = self.reduce(x, size, r, keys, scores)

@@ -54,9 +54,11 @@ def apply(model: nn.Module, method: str, **options) -> nn.Module:
     chosen.check(model)
     model.tokred_method = chosen
     model.tokred_depth = len(model.blocks)  # its blocks may be pruned later, the schedule stays
-    for block in model.blocks:
+    parts = [chosen.part(model, index) for index in range(len(model.blocks))]
+    for block, part in zip(model.blocks, parts, strict=True):
         block.tokred_method = chosen
         block.tokred_prefix = model.num_prefix_tokens
+        block.tokred_part = None if part is None else part.to(next(block.parameters())).train(block.training)
         block.__class__ = ReducedBlock
     model.__class__ = _REDUCED[type(model)]
     return model
@@ -73,7 +75,7 @@ def remove(model: nn.Module) -> nn.Module:
         if type(model) not in dense or any(type(block) is not ReducedBlock for block in model.blocks):
             raise ValueError(f"remove: {type(model).__name__} holds a patched model; unwrap and uncompile it first")
         for block in model.blocks:
-            del block.tokred_method, block.tokred_prefix
+            del block.tokred_method, block.tokred_prefix, block.tokred_part
             block.__class__ = Block
         del model.tokred_method, model.tokred_depth
         model.__class__ = dense[type(model)]
@@ -223,7 +225,9 @@ class _Reduced:
             return block(*args)
         x, size, *assign = checkpoint(block, *args)
         # Reentrant checkpointing makes every floating output ask for a gradient.
-        return x, None if size is None else size.detach(), *assign
+        if size is not None and not self.tokred_method.trains_size:
+            size = size.detach()
+        return x, size, *assign
 
     def _reduce(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> tuple[Tensor, Tensor | None]:
         """Images to normalised tokens [B, M, C] and their sizes [B, M], None if nothing merges."""

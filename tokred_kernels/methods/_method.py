@@ -1,0 +1,45 @@
+"""What a method is: the base of every class in this folder."""
+
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+
+class Method:
+    """A frozen dataclass: its fields are the options, checked in __post_init__; it holds nothing of a forward.
+
+    `block` in `step` is the model's block: `tokred_prefix`, the protected tokens in front; `tokred_part`, the method's
+    learned module in this block, or None; `project(x)`, its queries, keys and values [B, H, N, D];
+    `attend(q, k, v, size, scores)`, its attention branch and the scores [B, N]; `feed_forward(x)`, its MLP branch.
+    Residuals are the method's to add.
+    """
+
+    sized: ClassVar[bool] = False  # its tokens have sizes: attention counts them, averages weigh them
+    trains_size: ClassVar[bool] = False  # gradients flow through those sizes from block to block
+    fuses = False  # a reducing block ends in a fused token: the last row, of all patches it does not keep
+
+    def check(self, model: nn.Module) -> None:
+        """Raises ValueError unless the model has what the options need."""
+
+    def part(self, model: nn.Module, block: int) -> nn.Module | None:
+        """A learned module for `model.blocks[block]`, where `step` finds it as `block.tokred_part`."""
+        return None
+
+    def schedule(self, depth: int, patches: int) -> tuple[int, ...]:
+        """r of each block, given to `step`: patches to remove, 0 to leave the tokens alone. At least `depth` entries.
+
+        `patches` are those that reach block 0 in this forward, an int or a SymInt.
+        """
+        raise NotImplementedError
+
+    def counts(self, depth: int, patches: int, prefix: int) -> list[tuple[int, int]]:
+        """(tokens in attention, tokens in the MLP) of each block."""
+        raise NotImplementedError
+
+    def step(self, block, x: Tensor, size: Tensor | None, r: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """One block on x [B, N, C]: the new x [B, M, C], its sizes [B, M] and assign [B, N], None if not reduced.
+
+        size is None until tokens have sizes. r may be 0. In a forward whose schedule is 0 throughout, blocks run
+        their dense forward instead.
+        """
+        raise NotImplementedError

@@ -1,12 +1,13 @@
 """The one table of cases: shapes x dtypes x traps, shared by every backend's tests and by the benchmarks.
 
-    MATCH_CASES  inputs of match and match_merge
-    MERGE_CASES  inputs of merge and unmerge
+    MATCH_CASES    inputs of match and match_merge
+    TWO_WAY_CASES  inputs of match(two_way=True)
+    MERGE_CASES    inputs of merge and unmerge
 
 A case is a recipe; `inputs()` makes the tensors from a fixed seed, on any device.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -48,13 +49,19 @@ class MatchCase:
     layout: str = "contiguous"
     weighted: bool = False
     power: float = 1.0
+    two_way: bool = False
     seed: int = 0
 
     @property
     def id(self) -> str:
         parts = [f"B{self.B}", f"N{self.N}", f"C{self.C}", f"H{self.H}", f"D{self.D}", f"r{self.r}", f"p{self.p}"]
         parts += [_name(self.dtype)] + [t for t in (self.trap, self.layout) if t not in ("random", "contiguous")]
-        return "-".join(parts + ([f"weight^{self.power:g}"] if self.weighted else []))
+        parts += [f"weight^{self.power:g}"] if self.weighted else []
+        return "-".join(parts + (["two-way"] if self.two_way else []))
+
+    @property
+    def keywords(self) -> dict:
+        return {"power": self.power, "two_way": self.two_way}
 
     @property
     def small(self) -> bool:
@@ -167,6 +174,12 @@ MATCH_CASES = [
     _M(weighted=True, layout="inner", p=2, N=51),
     # One row of a tile more than a vector of double: found a read past the last rank.
     _M(B=1, N=9, C=5, H=1, D=3, r=4, p=0),
+]
+# Everything that one way can meet; and what only the second way has: no a that leaves (r = 1), chains.
+TWO_WAY_CASES = [
+    *(replace(c, two_way=True) for c in MATCH_CASES),
+    *[_M(N=n, r=r, p=1, H=0, two_way=True, dtype=d) for n in (30, 31) for r in (2, 3, 14, 15) for d in DTYPES],
+    _M(N=90, r=44, p=1, weighted=True, power=2.0, two_way=True),
 ]
 
 

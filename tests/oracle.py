@@ -4,6 +4,8 @@ Selections must be equal wherever float64 decides them by more than the precisio
 scores); equal rows must tie exactly. Sums must be within the rounding that their float32 accumulation explains.
 """
 
+import itertools
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -29,6 +31,7 @@ def edge_scores(metric: Tensor, p: int, weight: Tensor | None = None, power: flo
     score[np.isnan(score)] = -np.inf
     flat = k.reshape(1, *k.shape) if k.ndim == 2 else k
     rows = flat.transpose(1, 0, 2).reshape(k.shape[-2], flat.shape[0] * k.shape[-1])
+    rows = np.where(unit.any(-1, keepdims=True), rows, 0)  # a row of norm infinity has scores of exactly 0
     if weight is not None:
         rows = np.concatenate([rows, weight.double().numpy()[:, None]], 1)
     return score, rows[a::2], rows[b::2]
@@ -55,6 +58,32 @@ def match_image(score: np.ndarray, N: int, p: int, r: int) -> np.ndarray:
     return assign
 
 
+def match_image_two_way(score: np.ndarray, N: int, p: int, r: int) -> np.ndarray:
+    """assign [N] of both directions: who merges into whom, then the kept in their order, then everyone to the end."""
+    if r == 0:
+        return np.arange(N)
+    Na, Nb = score.shape
+    a, b = range(p + p % 2, N, 2), range(p + 1 - p % 2, N, 2)  # tokens
+    into = {}
+    by_edge = sorted(range(Na), key=lambda i: (-score[i].max(), i))
+    for i in by_edge[: r // 2]:
+        into[a[i]] = b[score[i].argmax()]
+    kept = sorted(by_edge[r // 2 :])
+    back = score[kept]
+    by_edge = sorted(range(Nb), key=lambda j: (-back[:, j].max(), j))
+    for j in by_edge[: r - r // 2]:
+        into[b[j]] = a[kept[back[:, j].argmax()]]
+    tokens = [*range(p), *(a[i] for i in kept), *(b[j] for j in by_edge[r - r // 2 :])]
+    row = {token: n for n, token in enumerate(tokens)}
+    assign = np.empty(N, np.int64)
+    for token in range(N):
+        end = token
+        while end in into:
+            end = into[end]
+        assign[token] = row[end]
+    return assign
+
+
 def _same(rows: np.ndarray) -> bool:
     return all(np.array_equal(rows[0], row, equal_nan=True) for row in rows[1:])
 
@@ -77,8 +106,30 @@ def decided(score: np.ndarray, a: np.ndarray, b: np.ndarray, r: int, margin: flo
     return above + len(near) == r or _same(a[near])
 
 
+def decided_two_way(score: np.ndarray, a: np.ndarray, b: np.ndarray, r: int, margin: float) -> bool:
+    """As `decided`, of both directions and of the order of b."""
+    if score.shape[0] == 0 or r == 0:
+        return True
+    if not decided(score, a, b, r // 2, margin):
+        return False
+    kept = np.sort(np.argsort(-score.max(1), kind="stable")[r // 2 :])
+    back = score[kept].T
+    if not decided(back, b, a[kept], r - r // 2, margin):
+        return False
+    best = back.max(1)
+    order = np.argsort(-best, kind="stable")
+    pairs = [(i, j) for i, j in itertools.pairwise(order) if np.isfinite(best[j])]
+    return all(best[i] - best[j] > margin or _same(b[[i, j]]) for i, j in pairs)
+
+
 def check_assign(
-    assign: Tensor, metric: Tensor, r: int, p: int, weight: Tensor | None = None, power: float = 1.0
+    assign: Tensor,
+    metric: Tensor,
+    r: int,
+    p: int,
+    weight: Tensor | None = None,
+    power: float = 1.0,
+    two_way: bool = False,
 ) -> int:
     """Asserts that assign [B, N] is what match must return; returns how many images float64 decides clearly."""
     B, N = assign.shape
@@ -90,12 +141,12 @@ def check_assign(
         w = None if weight is None else weight[n].cpu()
         score, a, b = edge_scores(metric[n].cpu(), p, w, power)
         margin = MARGIN * (1 if w is None else w.double().nan_to_num(0).square().max().item() if N else 1)
-        want = match_image(score, N, p, r)
-        if decided(score, a, b, r, margin):
+        if (decided_two_way if two_way else decided)(score, a, b, r, margin):
             clear += 1
+            want = (match_image_two_way if two_way else match_image)(score, N, p, r)
             np.testing.assert_array_equal(got, want)
         else:
-            _check_undecided(got, score, N, p, r, margin)
+            (_check_undecided_two_way if two_way else _check_undecided)(got, score, N, p, r, margin)
     return clear
 
 
@@ -114,6 +165,44 @@ def _check_undecided(got: np.ndarray, score: np.ndarray, N: int, p: int, r: int,
     assert (chosen >= best[gone] - margin).all()
     if 0 < r < Na:
         assert best[gone].min() >= best[~gone].max() - margin
+
+
+def _check_undecided_two_way(got: np.ndarray, score: np.ndarray, N: int, p: int, r: int, margin: float) -> None:
+    """As `_check_undecided`. A row of an a may also hold other a, that followed a b to it: some choice of the one that
+    stayed must be within the margin in everything."""
+    Na = score.shape[0]
+    best = score.max(1)
+    cut = np.sort(best)[::-1][r // 2 - 1] if r // 2 else np.inf
+    np.testing.assert_array_equal(got[:p], np.arange(p))
+    np.testing.assert_array_equal(np.unique(got), np.arange(N - r))
+    of_a, of_b = got[p + p % 2 :: 2], got[p + 1 - p % 2 :: 2]
+    stayed = [[i for i in np.flatnonzero(of_a == p + c) if best[i] <= cut + margin] for c in range(Na - r // 2)]
+    surely = [[i for i in row if best[i] < cut - margin] for row in stayed]
+    choices = itertools.product(*(sure or row for sure, row in zip(surely, stayed, strict=True)))
+    assert any(_within_two_way(list(kept), of_a, of_b, score, p, r, margin) for kept in choices)
+
+
+def _within_two_way(kept: list, of_a: np.ndarray, of_b: np.ndarray, score: np.ndarray, p: int, r: int, margin) -> bool:
+    """Whether the rows of a and b are right within the margin, if `kept` are the a that stayed."""
+    Na = score.shape[0]
+    first_b = p + Na - r // 2
+    gone = np.setdiff1d(np.arange(Na), kept)
+    back = score[kept]
+    best, best_back = score.max(1), back.max(0)
+    gone_b = of_b < first_b
+    order = np.argsort(of_b[~gone_b])
+    falling = best_back[~gone_b][order]
+    later = np.maximum.accumulate(falling[::-1])[::-1]
+    return (
+        kept == sorted(set(kept))
+        and len(kept) == Na - r // 2
+        and gone_b.sum() == r - r // 2
+        and all((score[i, of_b == of_a[i]] >= best[i] - margin).any() for i in gone)
+        and (best[gone].min(initial=np.inf) >= best[kept].max() - margin)
+        and (back[of_b[gone_b] - p, np.flatnonzero(gone_b)] >= best_back[gone_b] - margin).all()
+        and (falling >= later - margin).all()
+        and (best_back[gone_b].min() >= falling.max(initial=-np.inf) - margin)
+    )
 
 
 def merge(x: Tensor, assign: Tensor, m: int, size=None, weight=None, reduce: str = "mean"):

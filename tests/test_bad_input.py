@@ -31,7 +31,6 @@ BAD = {
         r"match: weight must be \[B, N\] = \[2, 7\], got \[2, 6\]",
     ),
     "match-weight-dtype": (lambda: tokred.match(X, 1, 1, S.int()), r"match: weight must be float32, .*, got int32"),
-    "match-two-way": (lambda: tokred.match(X, 1, two_way=True), r"match: two_way=True is not implemented yet"),
     "merge-rank": (lambda: tokred.merge(X[0], A, 3), r"merge: x must be \[B, N, C\], got \[7, 4\]"),
     "merge-dtype": (lambda: tokred.merge(X.int(), A, 3), r"merge: x must be float32, .*, got int32"),
     "merge-assign-dtype": (

@@ -25,8 +25,8 @@ def with_float64(cases):
 def test_match(case, backend, poisoned):
     metric, weight = case.metric(), case.weight()
     before = metric.clone(), None if weight is None else weight.clone()
-    assign = tokred.match(metric, case.r, case.p, weight, power=case.power)
-    check_assign(assign, metric, case.r, case.p, weight, case.power)
+    assign = tokred.match(metric, case.r, case.p, weight, **case.keywords)
+    check_assign(assign, metric, case.r, case.p, weight, **case.keywords)
     assert same(metric, before[0])
     assert weight is None or same(weight, before[1])
 

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from cases import TWO_WAY_CASES
 from fuzz import fuzz
+from oracle import check_assign
 
 import tokred_kernels as tokred
 from tokred_kernels.reference import match_scores
@@ -46,6 +48,54 @@ class TestWorkedExample:
     def test_unmerge_gives_every_member_its_row(self):
         out, _, assign = tokred.match_merge(X[None, :, None], KEYS[None], 2)
         assert tokred.unmerge(out, assign)[0, :, 0].tolist() == [0, 25, 35, 30, 25, 35, 60, 70]
+
+
+class TestWorkedExampleOfBothWays:
+    """Three criteria: similarity, informativeness h (1 / column mean of the attention) and size."""
+
+    X = torch.tensor([(1, 0, 1), (2, 1, 0), (0, 1, 1), (1, 3, 0), (2, 0, 1), (0, 2, 1), (3, 1, 1), (1, 1, 2)]).float()
+    SIZE = torch.tensor([1.0, 1, 2, 1, 1, 3, 1, 1])
+    MEAN = torch.tensor([0.1382, 0.1288, 0.1167, 0.1373, 0.1373, 0.1223, 0.1127, 0.1067])
+    WEIGHT = (MEAN.min() / MEAN) ** (1 / 20) * (SIZE.min() / SIZE) ** (1 / 40)
+
+    def test_scores(self):
+        want = [[0.6379, 0.8072, 0.9212, 0.9129], [0.8804, 0.6255, 0.5725, 0.8543], [0.9602, 0.7741, 0.6767, 0.8669]]
+        torch.testing.assert_close(
+            match_scores(self.X[None], 1, self.WEIGHT[None])[0], torch.tensor(want), atol=1e-4, rtol=0
+        )
+
+    @pytest.mark.parametrize(
+        "two_way, want",
+        [(True, [0, 3, 1, 4, 2, 1, 3, 1]), (False, [0, 1, 3, 2, 1, 3, 1, 4])],
+        ids=["two-way", "one-way"],
+    )
+    @tokred.use_backend("reference")
+    def test_assign(self, two_way, want):
+        assign = tokred.match(self.X[None], 3, 1, self.WEIGHT[None], two_way=two_way)
+        assert assign[0].tolist() == want
+
+    @tokred.use_backend("reference")
+    def test_features(self):
+        assign = tokred.match(self.X[None], 3, 1, self.WEIGHT[None], two_way=True)
+        out, size = tokred.merge(self.X[None], assign, 5, self.SIZE[None], (self.MEAN * self.SIZE)[None])
+        want = [(1, 0, 1), (0.1510, 1.5189, 1.1510), (2, 0, 1), (2.4668, 1, 0.4668), (1, 3, 0)]
+        torch.testing.assert_close(out[0], torch.tensor(want), atol=2e-4, rtol=0)
+        assert size[0].tolist() == [1, 6, 1, 2, 1]
+
+    @tokred.use_backend("reference")
+    def test_what_merged_into_a_patch_follows_it(self):
+        """Token 2 into 1, the most alike pair, and then 1 into 0: all three in one row."""
+        angle = torch.tensor([0.0, 0.5, 0.6, 2.0])
+        metric = torch.stack([angle.cos(), angle.sin()], -1)[None]
+        assert tokred.match(metric, 2, 0, two_way=True)[0].tolist() == [0, 0, 0, 1]
+
+
+@pytest.mark.parametrize("case", TWO_WAY_CASES, ids=lambda c: c.id)
+@tokred.use_backend("reference")
+def test_two_way(case):
+    metric, weight = case.metric(), case.weight()
+    assign = tokred.match(metric, case.r, case.p, weight, **case.keywords)
+    check_assign(assign, metric, case.r, case.p, weight, **case.keywords)
 
 
 def test_the_first_cases_of_the_fuzzer():

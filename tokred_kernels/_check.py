@@ -83,9 +83,7 @@ def _metric(op: str, metric: Tensor) -> None:
         _fail(op, "metric", "[B, H, N, D] with H > 0", str(list(metric.shape)))
 
 
-def match(metric: Tensor, r, prefix, weight: Tensor | None, power: float, two_way: bool) -> None:
-    if two_way:
-        raise NotImplementedError("match: two_way=True is not implemented yet")
+def match(metric: Tensor, r, prefix, weight: Tensor | None) -> None:
     _metric("match", metric)
     _prefix("match", prefix, metric.shape[-2])
     _per_token("match", "weight", weight, metric.shape[0], metric.shape[-2], metric.device)

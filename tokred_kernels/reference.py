@@ -38,6 +38,15 @@ def match_scores(metric: Tensor, prefix: int, weight: Tensor | None = None, powe
     return score.masked_fill(score.isnan(), -torch.inf)
 
 
+def _edges(score: Tensor) -> tuple[Tensor, Tensor]:
+    """score [B, rows, columns] -> the best column of every row, and the rank of its score among the rows."""
+    best = score.amax(-1)
+    # Lowest column of the best score: max's own index is unspecified under ties.
+    column = (score == best[..., None]).to(torch.uint8).argmax(-1)
+    order = best.sort(dim=-1, descending=True, stable=True).indices
+    return column, order.argsort(dim=-1)
+
+
 def match(
     metric: Tensor,
     r: int,
@@ -47,7 +56,7 @@ def match(
     power: float = 1.0,
     two_way: bool = False,
 ) -> Tensor:
-    _check.match(metric, r, prefix, weight, power, two_way)
+    _check.match(metric, r, prefix, weight)
     B, N = metric.shape[0], metric.shape[-2]
     r = _check.clamp_r(r, N, prefix)
     assign = torch.arange(N, device=metric.device, dtype=torch.int32).repeat(B, 1)
@@ -56,15 +65,20 @@ def match(
     score = match_scores(metric, prefix, weight, power)
     first_a, first_b = prefix + prefix % 2, prefix + 1 - prefix % 2
     Na, Nb = score.shape[1:]
-    best = score.amax(2)
-    # Lowest column of the best score: max's own index is unspecified under ties.
-    dst = (score == best[..., None]).to(torch.uint8).argmax(2)
-    order = best.sort(dim=1, descending=True, stable=True).indices
-    gone = torch.zeros_like(best, dtype=torch.bool).scatter(1, order[:, :r], True)
-    kept_row = prefix + (~gone).cumsum(1) - 1
-    first_b_row = prefix + Na - r
-    assign[:, first_a::2] = torch.where(gone, first_b_row + dst, kept_row).int()
-    assign[:, first_b::2] = first_b_row + torch.arange(Nb, device=metric.device, dtype=torch.int32)
+    r_a = r // 2 if two_way else r  # of a; the others of b
+
+    into_b, rank = _edges(score)
+    gone = rank < r_a
+    row_a = prefix + (~gone).cumsum(1) - 1
+    first_b_row = prefix + Na - r_a
+    row_b = first_b_row + torch.arange(Nb, device=metric.device).repeat(B, 1)
+    if two_way:
+        kept = gone.byte().sort(dim=1, stable=True).indices[:, : Na - r_a]
+        into_a, rank = _edges(score.gather(1, kept[..., None].expand(-1, -1, Nb)).transpose(1, 2))
+        r_b = r - r_a
+        row_b = torch.where(rank < r_b, prefix + into_a, first_b_row + rank - r_b)
+    assign[:, first_a::2] = torch.where(gone, row_b.gather(1, into_b), row_a).int()
+    assign[:, first_b::2] = row_b.int()
     return assign
 
 

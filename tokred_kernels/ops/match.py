@@ -16,7 +16,7 @@ def match(
     power: float = 1.0,
     two_way: bool = False,
 ) -> Tensor:
-    """Assigns each of the r patches with the best edges to its most similar partner.
+    """Assigns each of the r patches with the best edges to its most similar partner; two_way in both directions.
 
     The patches (the tokens after the prefix) at even positions are set a, those at odd positions set b. The edge of
     a_i is its best partner in b:
@@ -24,8 +24,16 @@ def match(
         score_ij = cos(k_i, k_j)                                                without weight
         score_ij = (max((cos(k_i, k_j) + 1) / 2, 0)^power * weight_i) * weight_j   with weight
 
-    The r patches of a with the best edges merge into their partners; any number may share one.
-    Source: Bolya et al., "Token Merging: Your ViT But Faster", ICLR 2023, section 3; order of rows made explicit.
+    One way, the r patches of a with the best edges merge into their partners; any number may share one.
+
+    Two ways, the r // 2 patches of a with the best edges merge first. Then every b takes its best partner among the a
+    that stayed, by the same scores, and the r - r // 2 patches of b with the best of these edges merge. What merged
+    into a b that merges follows it. r // 2 is at most half of a, so that an a always stays, and as any number of b
+    may share it, exactly r patches merge whatever r is.
+
+    Sources: Bolya et al., "Token Merging: Your ViT But Faster", ICLR 2023, section 3; two ways: Lee et al.,
+    "Multi-criteria Token Fusion with One-step-ahead Attention for Efficient Vision Transformers", CVPR 2024, section
+    3.2. The order of rows and of ties is made explicit.
 
     Args:
         metric: [B, N, D], or keys [B, H, N, D], whose float32 head mean (in head order) is matched; floating.
@@ -33,25 +41,25 @@ def match(
         prefix: leading tokens that neither merge nor are merged into, in [0, N].
         weight: [B, N], any floating dtype, read as float32.
         power: exponent of the similarity; used with weight only.
-        two_way: match b to a as well (MCTF); not implemented yet.
+        two_way: half of the patches leave a, the other half b.
 
     Returns:
-        assign [B, N] int32, the output row of every token, M = N - r rows: the prefix, the kept a ascending, b
-        ascending.
+        assign [B, N] int32, the output row of every token, M = N - r rows: the prefix, the kept a ascending, then b:
+        all of them ascending or, two ways, the kept ones in the order of their edges.
 
     Order: a higher score first, then the lower index; -0 ties with +0; NaN counts as -inf and stays eligible, so
     exactly r patches merge whatever the values are. |score - exact| <= 1e-6, and equal rows have bitwise-equal scores.
     Norms are max(||k||, 1e-6). No gradient.
 
     Raises:
-        RuntimeError: wrong rank, dtype, device, layout or shape, prefix outside [0, N]. NotImplementedError: two_way.
+        RuntimeError: wrong rank, dtype, device, layout or shape, prefix outside [0, N].
     """
     return torch.ops.tokred.match(metric, r, prefix, weight, power=power, two_way=two_way)
 
 
 @torch.library.register_fake("tokred::match")
 def _fake(metric, r, prefix=1, weight=None, *, power=1.0, two_way=False):
-    _check.match(metric, r, prefix, weight, power, two_way)
+    _check.match(metric, r, prefix, weight)
     return metric.new_empty(metric.shape[0], metric.shape[-2], dtype=torch.int32)
 
 

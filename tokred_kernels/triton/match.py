@@ -268,6 +268,8 @@ def match_triton(
     power: float = 1.0,
     two_way: bool = False,
 ) -> Tensor:
-    _check.match(metric, r, prefix, weight, power, two_way)
+    _check.match(metric, r, prefix, weight)
+    if two_way:
+        raise NotImplementedError("match: two_way=True is not implemented yet")
     refuse_float64("match", "metric", metric)
     return launch_match(metric, r, prefix, weight, power)

@@ -14,6 +14,7 @@ from torch.nn.parallel import DataParallel
 from vits import tiny
 
 import tokred_kernels as tokred
+from tokred_kernels.methods import METHODS
 
 SMALL = dict(img_size=32, depth=2, embed_dim=32, num_heads=2)
 vit = partial(VisionTransformer, patch_size=8, **SMALL)
@@ -110,7 +111,7 @@ def test_what_is_not_understood_is_refused_and_left_alone(name):
 
 S = dict(stages=(1, 2))
 BAD_OPTIONS = {
-    "unknown method": (dict(method="tomato", r=1), "apply: unknown method 'tomato'; there is tome, topk, evit, metr"),
+    "unknown method": (dict(method="tomato", r=1), f"apply: unknown method 'tomato'; there is {', '.join(METHODS)}"),
     "unknown option": (dict(r=1, keep_rate=0.5), "apply: tome has no option 'keep_rate'; it takes r, prop_attn"),
     "no r": (dict(), "apply: tome needs the option r="),
     "negative": (dict(r=-1), "tome: r must be at least 0, got -1"),

@@ -27,12 +27,21 @@ class Forward:
             left its tokens alone.
         fused: for each block, the output row of its fused token, into which all patches went that it did not keep;
             None where it fused none.
+        counts: [B, 1 + blocks] int64, as `tokens` for each image, without the rows that are only there to make the
+            batch rectangular or are masked (size 0): `counts.float().mean(0)` is what a method with a count of its own
+            for each image really keeps.
     """
 
     _identity: Tensor = field(repr=False)
     tokens: list[int]
     assign: list[Tensor | None] = field(default_factory=list)
     fused: list[int | None] = field(default_factory=list)
+    _counts: list[Tensor] = field(default_factory=list, repr=False)
+
+    @property
+    def counts(self) -> Tensor:
+        first = self._identity.new_full(self._identity.shape[:1], self.tokens[0], dtype=torch.int64)
+        return torch.stack([first, *self._counts], 1)
 
     @property
     def source(self) -> Tensor:
@@ -61,10 +70,10 @@ class trace:
             model(images)
         t.source                                   # [B, N0] int32
 
-    `source`, `tokens`, `assign`, `fused` and `in_fused` are those of the last forward (see `Forward`); `history` holds
-    every forward in order, forward_features and forward_intermediates included. What the model computes does not
-    change. What gradient checkpointing computes again is not recorded again. Under patch dropout N0 counts the tokens
-    that were kept.
+    `source`, `tokens`, `counts`, `assign`, `fused` and `in_fused` are those of the last forward (see `Forward`);
+    `history` holds every forward in order, forward_features and forward_intermediates included. What the model computes
+    does not change. What gradient checkpointing computes again is not recorded again. Under patch dropout N0 counts the
+    tokens that were kept.
 
     Args:
         model: a model patched by `apply`, run eagerly.
@@ -116,6 +125,10 @@ class trace:
         return self.last.tokens
 
     @property
+    def counts(self) -> Tensor:
+        return self.last.counts
+
+    @property
     def assign(self) -> list[Tensor | None]:
         return self.last.assign
 
@@ -156,6 +169,8 @@ class trace:
         if self._running is not None and index == len(self._running.assign):
             self._running.assign.append(assign)
             self._running.tokens.append(x.shape[1])
+            real = x.new_ones(x.shape[:2]) if size is None else size
+            self._running._counts.append((real > 0).sum(1))
             fuses = assign is not None and self._model.tokred_method.fuses
             self._running.fused.append(x.shape[1] - 1 if fuses else None)
         return (x, size) if self._asked else output

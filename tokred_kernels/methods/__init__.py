@@ -6,12 +6,30 @@ from ._method import Method
 from ._staged import BeforeBlock, Staged
 from .evit import EViT
 from .metr import METR
+from .radial import Radial
 from .tome import ToMe
 from .topk import TopK
 
-__all__ = ["METHODS", "METR", "BeforeBlock", "EViT", "Method", "Staged", "ToMe", "TopK", "create"]
+__all__ = [
+    "METHODS",
+    "METR",
+    "BeforeBlock",
+    "EViT",
+    "Method",
+    "Radial",
+    "Staged",
+    "ToMe",
+    "TopK",
+    "create",
+]
 
-METHODS: dict[str, type[Method]] = {"tome": ToMe, "topk": TopK, "evit": EViT, "metr": METR}
+METHODS: dict[str, type[Method]] = {
+    "tome": ToMe,
+    "topk": TopK,
+    "evit": EViT,
+    "metr": METR,
+    "radial": Radial,
+}
 
 
 def create(name: str, options: dict) -> Method:

@@ -9,20 +9,21 @@ class Method:
     """A frozen dataclass: its fields are the options, checked in __post_init__; it holds nothing of a forward.
 
     `block` in `step` is the model's block: `tokred_prefix`, the protected tokens in front; `tokred_part`, the method's
-    learned module in this block, or None; `project(x)`, its queries, keys and values [B, H, N, D];
+    own module in this block, or None; `project(x)`, its queries, keys and values [B, H, N, D];
     `attend(q, k, v, size, scores)`, its attention branch and the scores [B, N]; `feed_forward(x)`, its MLP branch.
     Residuals are the method's to add.
     """
 
     sized: ClassVar[bool] = False  # its tokens have sizes: attention counts them, averages weigh them
+    masks: ClassVar[bool] = False  # some of its tokens have size 0: attention and pooling leave them out
     trains_size: ClassVar[bool] = False  # gradients flow through those sizes from block to block
     fuses = False  # a reducing block ends in a fused token: the last row, of all patches it does not keep
 
     def check(self, model: nn.Module) -> None:
-        """Raises ValueError unless the model has what the options need."""
+        """Raises ValueError unless the model has what the options need. Called first: it may note the model's shape."""
 
     def part(self, model: nn.Module, block: int) -> nn.Module | None:
-        """A learned module for `model.blocks[block]`, where `step` finds it as `block.tokred_part`."""
+        """Learned weights or constants for `model.blocks[block]`, where `step` finds them as `block.tokred_part`."""
         return None
 
     def schedule(self, depth: int, patches: int) -> tuple[int, ...]:

@@ -16,7 +16,7 @@ def attend(
 
     Args:
         q, k, v: [B, H, N, D], D up to 128 for scores.
-        size: [B, N], positive.
+        size: [B, N], at least 0; 0 masks.
         dropout: of the attention matrix, which torch alone can do.
 
     Raises:

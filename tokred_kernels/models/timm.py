@@ -4,6 +4,7 @@ The model and its blocks become the subclasses below, so hooks, state_dict, deep
 ordinary module. Sizes travel from block to block as values; nothing of a forward stays on the model.
 """
 
+import torch
 from timm.layers import AttentionPoolLatent
 from timm.models import checkpoint
 from timm.models._features import feature_take_indices
@@ -39,8 +40,8 @@ def apply(model: nn.Module, method: str, **options) -> nn.Module:
 
     Args:
         model: timm's VisionTransformer or VisionTransformerDistilled with plain blocks; not yet compiled or wrapped.
-        method: "tome", "topk", "evit" or "metr".
-        options: of the method; see ToMe, TopK, EViT and METR in `tokred_kernels.methods`.
+        method: a name in `tokred_kernels.methods.METHODS`: "tome", "topk", "evit", "radial", ...
+        options: of the method; see its class there.
 
     Returns:
         The same model.
@@ -142,10 +143,11 @@ class _Reduced:
         """timm's pooling of x [B, N, C], each token counted size [B, N] times."""
         pool = self.attn_pool
         kind = (self.global_pool if pool_type is None else pool_type) if pool is None else "attention"
-        if kind not in ("avg", "avgmax", "attention"):
+        method = self.tokred_method
+        if kind not in ("avg", "avgmax", "attention") and not (kind == "max" and method.masks):
             return super().pool(x, pool_type)
         if size is None:
-            if self.tokred_method.sized and any(self._schedule(x)) and not self._is_full(x):
+            if method.sized and any(self._schedule(x)) and (method.masks or not self._is_full(x)):
                 raise ValueError(
                     f"forward_head: {kind} pooling must weigh reduced tokens by their size, which forward_features "
                     "does not return; call the model, or pass size="
@@ -155,8 +157,9 @@ class _Reduced:
             x, size = x[:, self.num_prefix_tokens :], size[:, self.num_prefix_tokens :]
         if kind == "avg":
             return weighted_mean(x, size)
-        if kind == "avgmax":
-            return 0.5 * (x.amax(1) + weighted_mean(x, size))
+        if kind in ("max", "avgmax"):
+            highest = x.masked_fill((size == 0)[..., None], -torch.inf).amax(1) if method.masks else x.amax(1)
+            return highest if kind == "max" else 0.5 * (highest + weighted_mean(x, size))
         if isinstance(pool, AttentionPoolLatent):
             return pool(x, attn_mask=key_mask(size, x.dtype))
         return _refine(pool, x, size)

@@ -23,6 +23,13 @@ STABLE_TORCH_LIBRARY(tokred, m) {
   m.def("attention_scores(Tensor q, Tensor k, Tensor? size=None, *, float? scale=None, str scores=\"cls\") -> Tensor");
   m.def("topk(Tensor score, SymInt k, SymInt prefix=1, bool fuse=False) -> Tensor");
   m.def("topk_gather(Tensor x, Tensor score, SymInt k, SymInt prefix=1, *, str fuse=\"none\") -> (Tensor, Tensor)");
+  m.def("pairwise_distance(Tensor x, *, float scale=1.0) -> Tensor");
+  m.def("knn(Tensor distance, SymInt k) -> (Tensor, Tensor)");
+  m.def("separation(Tensor distance, Tensor density) -> Tensor");
+  m.def("nearest(Tensor distance, Tensor centres, *, bool pin=False) -> Tensor");
+  m.def(
+      "medoids(Tensor distance, Tensor label, Tensor centres, Tensor weight, *, str update=\"textbook\") "
+      "-> Tensor");
   // Names the instruction set that the CPU kernels use; with a name, selects it for the whole process (tests,
   // benchmarks).
   m.def("cpu_isa(str name=\"\") -> str");

@@ -3,14 +3,29 @@
     import timm, tokred_kernels as tokred
     model = tokred.apply(timm.create_model("deit_small_patch16_224").eval(), "tome", r=13)
 
-Ops: attention, attention_scores, match, match_merge, merge, topk, topk_gather, unmerge, here and as torch.ops.tokred.*.
+Ops: attention, attention_scores, match, match_merge, merge, topk, topk_gather, unmerge; for clusters: knn, medoids,
+nearest, pairwise_distance, separation. Each is also torch.ops.tokred.*.
 Models: apply, remove, trace; load_metr, exit_logits. Schedules and MACs: schedule. Backends: info, use_backend.
 """
 
 import importlib
 
 from ._backend import info, use_backend
-from .ops import attention, attention_scores, match, match_merge, merge, topk, topk_gather, unmerge
+from .ops import (
+    attention,
+    attention_scores,
+    knn,
+    match,
+    match_merge,
+    medoids,
+    merge,
+    nearest,
+    pairwise_distance,
+    separation,
+    topk,
+    topk_gather,
+    unmerge,
+)
 from .trace import trace  # eagerly: imported later, the module of that name would hide the function
 
 __version__ = "0.1.0"
@@ -20,12 +35,17 @@ __all__ = [
     "attention_scores",
     "exit_logits",
     "info",
+    "knn",
     "load_metr",
     "match",
     "match_merge",
+    "medoids",
     "merge",
+    "nearest",
+    "pairwise_distance",
     "remove",
     "schedule",
+    "separation",
     "topk",
     "topk_gather",
     "trace",

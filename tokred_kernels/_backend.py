@@ -28,6 +28,11 @@ OPS = (
     "attention_scores",
     "topk",
     "topk_gather",
+    "pairwise_distance",
+    "knn",
+    "separation",
+    "nearest",
+    "medoids",
 )
 BACKENDS = ("reference", "cpu", "cuda", "triton")
 

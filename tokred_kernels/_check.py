@@ -11,6 +11,7 @@ FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 REDUCE = ("mean", "sum", "amax")
 SCORES = ("none", "cls", "mean")
 FUSE = ("none", "sum", "mean")
+UPDATE = ("textbook", "wttu")
 MAX_WIDTH = 128
 
 
@@ -22,6 +23,11 @@ def clamp_r(r, N, prefix):
 def scale(scale: float | None, D: int) -> float:
     """The factor on the logits: D^-1/2 unless given."""
     return scale if scale is not None else D**-0.5 if D else 1.0
+
+
+def wide(x: Tensor) -> Tensor:
+    """x in the dtype in which scores, norms and sums are formed."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -64,10 +70,15 @@ def _shape_and_device(op: str, argument: str, t: Tensor, letters: str, shape: tu
 
 
 def _assign(op: str, t: Tensor, B, N, device: torch.device) -> None:
-    _dense(op, "assign", t)
+    _rows(op, "assign", t, "[B, N]", (B, N), device)
+
+
+def _rows(op: str, argument: str, t: Tensor, letters: str, shape: tuple, device: torch.device) -> None:
+    """assign, label, centres: int32."""
+    _dense(op, argument, t)
     if t.dtype != torch.int32:
-        _fail(op, "assign", f"int32 [B, N] = {[B, N]}", f"{_name(t.dtype)} {list(t.shape)}")
-    _shape_and_device(op, "assign", t, "int32 [B, N]", (B, N), device)
+        _fail(op, argument, f"int32 {letters} = {list(shape)}", f"{_name(t.dtype)} {list(t.shape)}")
+    _shape_and_device(op, argument, t, f"int32 {letters}", shape, device)
 
 
 def _prefix(op: str, prefix, N) -> None:
@@ -192,3 +203,45 @@ def topk_gather(x: Tensor, score: Tensor, k, prefix, fuse: str) -> None:
     _shape_and_device(op, "score", score, "[B, N]", tuple(x.shape[:2]), x.device)
     topk(op, score, k, prefix)
     _one_of(op, "fuse", fuse, FUSE)
+
+
+def pairwise_distance(x: Tensor) -> None:
+    _floating("pairwise_distance", "x", x)
+    _rank("pairwise_distance", "x", x, "[B, N, C]")
+
+
+def _distance(op: str, distance: Tensor) -> None:
+    _floating(op, "distance", distance)
+    if distance.dim() != 3 or distance.shape[1] != distance.shape[2]:
+        _fail(op, "distance", "[B, N, N]", str(list(distance.shape)))
+
+
+def _centres(op: str, centres: Tensor, distance: Tensor) -> None:
+    if centres.dim() != 2:
+        _fail(op, "centres", "int32 [B, K]", str(list(centres.shape)))
+    _rows(op, "centres", centres, "[B, K]", (distance.shape[0], centres.shape[1]), distance.device)
+
+
+def knn(distance: Tensor, k) -> None:
+    _distance("knn", distance)
+    if k < 0:
+        _fail("knn", "k", "at least 0", str(k))
+
+
+def separation(distance: Tensor, density: Tensor) -> None:
+    _distance("separation", distance)
+    _per_token("separation", "density", density, *distance.shape[:2], distance.device)
+
+
+def nearest(distance: Tensor, centres: Tensor) -> None:
+    _distance("nearest", distance)
+    _centres("nearest", centres, distance)
+
+
+def medoids(distance: Tensor, label: Tensor, centres: Tensor, weight: Tensor, update: str) -> None:
+    _distance("medoids", distance)
+    B, N, _ = distance.shape
+    _rows("medoids", "label", label, "[B, N]", (B, N), distance.device)
+    _centres("medoids", centres, distance)
+    _per_token("medoids", "weight", weight, B, N, distance.device)
+    _one_of("medoids", "update", update, UPDATE)

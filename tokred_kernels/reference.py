@@ -8,13 +8,10 @@ import torch
 from torch import Tensor
 
 from . import _check
+from ._check import wide as _wide
+from .reference_clusters import knn, medoids, nearest, pairwise_distance, separation  # noqa: F401 (the rest of it)
 
 _NORM_FLOOR = 1e-6
-
-
-def _wide(x: Tensor) -> Tensor:
-    """x in the dtype in which scores, norms and sums are formed."""
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def match_scores(metric: Tensor, prefix: int, weight: Tensor | None = None, power: float = 1.0) -> Tensor:

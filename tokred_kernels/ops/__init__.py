@@ -2,9 +2,14 @@
 
 from .attention import attention
 from .attention_scores import attention_scores
+from .knn import knn
 from .match import match
 from .match_merge import match_merge
+from .medoids import medoids
 from .merge import merge
+from .nearest import nearest
+from .pairwise_distance import pairwise_distance
+from .separation import separation
 from .topk import topk
 from .topk_gather import topk_gather
 from .unmerge import unmerge
@@ -12,9 +17,14 @@ from .unmerge import unmerge
 __all__ = [
     "attention",
     "attention_scores",
+    "knn",
     "match",
     "match_merge",
+    "medoids",
     "merge",
+    "nearest",
+    "pairwise_distance",
+    "separation",
     "topk",
     "topk_gather",
     "unmerge",

@@ -1,5 +1,7 @@
 """The `tokred` command: every bad input in one line with exit status 2, and a small run end to end."""
 
+import argparse
+import dataclasses
 import json
 import os
 import subprocess
@@ -10,7 +12,8 @@ import pytest
 import torch
 
 import tokred_kernels
-from tokred_kernels.cli import main
+from tokred_kernels import methods
+from tokred_kernels.cli import main, method_options
 
 MODEL = "test_vit"  # timm's smallest: 6 blocks of 100 patches, width 64
 ROOT = Path(tokred_kernels.__file__).parent.parent
@@ -68,11 +71,34 @@ BAD = {
     "stage beyond the model": (["bench", MODEL, "--method", "topk"], "stages must be below 6"),
     "stages in disorder": (["bench", MODEL, "--method", "topk", "--stages", "3,1"], "ascending"),
     "stage is no number": (["bench", MODEL, "--method", "topk", "--stages", "first"], "--stages"),
-    "unknown rule": (["bench", MODEL, "--method", "topk", "--rule", "mine"], "rule must be one of evit, wttu"),
-    "unknown scores": (["bench", MODEL, "--method", "topk", "--scores", "max"], "scores must be"),
+    "unknown rule": (["bench", MODEL, "--method", "topk", "--option", "rule=mine"], "rule must be one of evit, wttu"),
+    "unknown scores": (["bench", MODEL, "--method", "topk", "--option", "scores=max"], "scores must be"),
     "rate and tokens": (
         ["bench", MODEL, "--method", "metr", "--tokens", "9,9,9", "--keep-rate", "0.5"],
         "give either keep_rate= or tokens=",
+    ),
+    "option without a value": (["bench", MODEL, "--option", "prop_attn"], "must be NAME=VALUE, got 'prop_attn'"),
+    "option without a name": (["bench", MODEL, "--option", "=5"], "must be NAME=VALUE, got '=5'"),
+    "option of another method": (["bench", MODEL, "--option", "fuse=True"], "tome has no option 'fuse'"),
+    "option of another type": (["bench", MODEL, "--option", "prop_attn=yes"], "True or False, got 'yes'"),
+    "option that is code": (["bench", MODEL, "--option", "prop_attn=exit(3)"], "True or False, got 'exit(3)'"),
+    "option too deep": (["bench", MODEL, "--option", "prop_attn=" + "(" * 10_000], "prop_attn must be True or False"),
+    "option twice": (["bench", MODEL, "--option", "r=3", "--option", "r=4"], "option r is given twice"),
+    "option and flag": (["bench", MODEL, "--r", "3", "--option", "r=4"], "option r is given twice"),
+    "all methods with one r": (["bench", MODEL, "--method", "all", "--r", "3"], "not --r"),
+    "all methods with an option": (["bench", MODEL, "--method", "all", "--option", "fuse=False"], "not --option"),
+    "all methods at 0": (
+        ["bench", MODEL, "--method", "all", "--keep-rate", ".5,0"],
+        "keep_rate must be in (0, 1], got 0",
+    ),
+    "all methods of a ResNet": (["bench", "resnet18", "--method", "all"], "VisionTransformer, got ResNet"),
+    "all methods of a windowed model": (
+        ["bench", "swin_tiny_patch4_window7_224", "--method", "all"],
+        "SwinTransformer",
+    ),
+    "all methods at a stage beyond the model": (
+        ["bench", MODEL, "--method", "all", "--stages", "9"],
+        "stages must be below 6",
     ),
     "no class token": (
         ["bench", "vit_medium_patch16_gap_240", "--method", "evit"],
@@ -134,7 +160,8 @@ def test_missing_package_is_one_line_and_status_2(missing, monkeypatch, capsys):
 def test_info_and_help_import_neither_timm_nor_triton():
     script = """
 import sys
-from tokred_kernels.cli import main
+from tokred_kernels import methods
+from tokred_kernels.cli import main, method_options
 assert main(["info"]) == 0
 try:
     main(["--help"])
@@ -273,3 +300,43 @@ def test_bench_of_methods_that_select(argv, tokens, tmp_path, capsys):
     assert min(agreed["cosine_with"].values()) > 0.999 and agreed["cosine_with"].keys() == {"reference", "plain"}
     method = argv[3]
     assert {"dense", method, "oracle", "plain_sdpa", "plain_explicit"} <= record["timing"].keys()
+
+
+def test_an_option_is_a_literal_or_text(monkeypatch):
+    """Every field of a method can be given, also of one that has flags for none of them."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Mine:
+        width: int
+        names: tuple = ()
+        update: str = "textbook"
+        equal: bool = False
+        tiny: float = 1.0
+
+    monkeypatch.setitem(methods.METHODS, "mine", Mine)
+    parser = argparse.ArgumentParser()
+    method_options.add_arguments(parser)
+    assert "mine: width, names, update, equal, tiny" in parser.epilog
+    given = ["width=3", "names=('a', 'b')", "update=wttu", "equal=True", "tiny=1e-3"]
+    args = parser.parse_args(["--method", "mine", *(word for one in given for word in ("--option", one))])
+    want = dict(width=3, names=("a", "b"), update="wttu", equal=True, tiny=1e-3)
+    assert method_options.chosen(args) == want
+
+
+@pytest.mark.parametrize(
+    ("argv", "options"),
+    [
+        (["--method", "tome"], {"r": 13}),
+        (["--method", "tome", "--inflection", "-1"], {"r": (13, -1)}),
+        (["--method", "topk"], {"keep_rate": 0.7}),
+        (
+            ["--method", "topk", "--option", "keep_rate=[0.9, 0.5]", "--stages", "1,3"],
+            {"keep_rate": [0.9, 0.5], "stages": [1, 3]},
+        ),
+        (["--method", "metr", "--tokens", "9,8,7"], {"tokens": [9, 8, 7]}),
+    ],
+)
+def test_how_much_to_remove_has_a_default(argv, options):
+    parser = argparse.ArgumentParser()
+    method_options.add_arguments(parser)
+    assert method_options.chosen(parser.parse_args(argv)) == options

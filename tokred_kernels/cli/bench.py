@@ -5,8 +5,9 @@ import json
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from . import images, machine, method_options, network, plot, table
+from . import compare, images, machine, method_options, network, plot, table
 from .errors import UserError, check_writable
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -19,7 +20,7 @@ GPU_BATCH, CPU_BATCH_LIMIT = 64, 8
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", metavar="MODEL", help="a timm VisionTransformer, such as deit_small_patch16_224")
-    method_options.add_arguments(parser)
+    method_options.add_arguments(parser, f"; {compare.ALL}: a table of every one, at keep rates .9,.7,.5,.25")
     add("--image", nargs="+", default=[], metavar="PATH", help="image files or folders (default: two photographs)")
     add(
         "--batch-size",
@@ -48,12 +49,13 @@ def run(args: argparse.Namespace) -> int:
             record = _measure(args, device, dtype, progress)
         except torch.OutOfMemoryError as error:
             raise UserError(f"out of GPU memory, lower --batch-size ({error})") from None
-    table.show(record)
+    every = args.method == compare.ALL
+    (table.show_all if every else table.show)(record)
     try:
         if args.json:
             args.json.write_text(json.dumps(record, indent=2) + "\n")
-        if args.plot and "timing" in record:
-            plot.save(record, args.plot)
+        if args.plot and (every or "timing" in record):
+            (plot.save_all if every else plot.save)(record, args.plot)
     except OSError as error:
         raise UserError(f"cannot save the results: {error}") from None
     return 0 if record["agreement"]["passed"] else 1
@@ -62,26 +64,17 @@ def run(args: argparse.Namespace) -> int:
 def _measure(args: argparse.Namespace, device: str, dtype: torch.dtype, progress: table.Stages) -> dict:
     """Builds, verifies and times; the record is what --json saves."""
     progress.stage("building the models")
-    options = method_options.chosen(args)
+    every = args.method == compare.ALL
+    chosen = compare.keep_rates(args) if every else method_options.chosen(args)
     model = network.create(args)
     names, pixels = images.load(args.image, model)
     model, pixels = model.to(device, dtype), pixels.to(device, dtype)
-    from .. import schedule
-    from . import variants  # not above: it imports timm
-
-    try:
-        found = variants.build(model, args.method, **options)
-        tokens = schedule.tokens(found[args.method])
-        macs = {"dense": schedule.macs(model), "reduced": schedule.macs(found[args.method])}
-    except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
-        raise UserError(error) from None
     batch_size = args.batch_size or (GPU_BATCH if pixels.is_cuda else min(len(names), CPU_BATCH_LIMIT))
-
-    progress.stage("checking the results")
-    record = {
+    batch = pixels[torch.arange(batch_size, device=pixels.device) % len(pixels)]
+    limits = {"rounds": args.rounds or ROUNDS, "max_seconds": float("inf") if args.rounds else MAX_SECONDS}
+    setting = {
         "model": args.model,
         "method": args.method,
-        "options": options,
         "weights": network.weights(args),
         "images": names,
         "image_size": list(pixels.shape[2:]),
@@ -89,21 +82,46 @@ def _measure(args: argparse.Namespace, device: str, dtype: torch.dtype, progress
         "device": device,
         "dtype": str(dtype).removeprefix("torch."),
         "machine": {"versions": machine.versions(), "cpu": machine.cpu(), "gpus": machine.gpus()},
-        "tokens": [tokens[0][0], *(after for _, after in tokens)],
+    }
+    if every:
+        found = compare.measure(model, pixels, batch, chosen, args.stages, progress, seed=args.seed, **limits)
+    else:
+        found = _measure_one(model, args.method, chosen, pixels, batch, progress, **limits)
+    return {**setting, **found}
+
+
+def _measure_one(
+    model: torch.nn.Module,
+    method: str,
+    options: dict,
+    pixels: Tensor,
+    batch: Tensor,
+    progress: table.Stages,
+    *,
+    rounds: int,
+    max_seconds: float,
+) -> dict:
+    """What a record holds of one method beyond the setting."""
+    from .. import schedule
+    from . import variants  # not above: it imports timm
+
+    try:
+        found = variants.build(model, method, **options)
+        macs = {"dense": schedule.macs(model), "reduced": schedule.macs(found[method])}
+    except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
+        raise UserError(error) from None
+    progress.stage("checking the results")
+    record = {
+        "options": options,
+        "tokens": variants.tokens(found[method], pixels),
         "macs": macs,
         "ideal_speedup": macs["dense"] / macs["reduced"],
-        "agreement": variants.verify(found, args.method, pixels, batch_size),
+        "agreement": variants.verify(found, method, pixels, len(batch)),
     }
     if record["agreement"]["passed"]:
-        progress.stage("timing", args.rounds or ROUNDS)
-        timings = variants.measure(
-            found,
-            pixels[torch.arange(batch_size, device=pixels.device) % len(pixels)],
-            rounds=args.rounds or ROUNDS,
-            max_seconds=float("inf") if args.rounds else MAX_SECONDS,
-            on_round=progress.advance,
-        )
-        record["timing"] = variants.rows(timings, args.method, device, batch_size)
+        progress.stage("timing", rounds)
+        timings = variants.measure(found, batch, rounds=rounds, max_seconds=max_seconds, on_round=progress.advance)
+        record["timing"] = variants.rows(timings, method, batch.device.type, len(batch))
     return record
 
 

@@ -1,49 +1,65 @@
-"""The options of the reduction methods on the command line, the same for every command."""
+"""The options of the reduction methods on the command line, the same for every command.
+
+The options that most methods share have flags of their own; any other field of a method's dataclass is --option.
+"""
 
 import argparse
+import ast
 import dataclasses
 
 from .. import methods
 from .errors import UserError
 
-# What is removed where no option says it.
-R, KEEP_RATE = 13, 0.7
-OPTIONS = ("r", "keep_rate", "tokens", "stages", "rule", "scores", "fuse", "normalize")
+SHARED = ("r", "keep_rate", "tokens", "stages")
+# How much is removed where neither the options nor the method say it.
+DEFAULTS = {"r": 13, "keep_rate": 0.7}
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds --method and an argument for each option; `chosen` reads them."""
+def add_arguments(parser: argparse.ArgumentParser, more: str = "") -> None:
+    """Adds --method, with more to say of it, and the arguments of its options; `chosen` reads them."""
     add = parser.add_argument
-    add("--method", default="tome", help=f"reduction method: {', '.join(methods.METHODS)} (default: %(default)s)")
-    add("--r", type=_integers, help=f"tokens to remove in each block, or a list r,r,... (default: {R})")
+    names = ", ".join(methods.METHODS)
+    add("--method", default="tome", help=f"reduction method: {names} (default: %(default)s){more}")
+    add("--r", type=_integers, help=f"tokens to remove in each block, or a list r,r,... (default: {DEFAULTS['r']})")
     add("--inflection", type=float, help="slope of r over the blocks, -1 (most removed early) to 1 (late)")
     add(
         "--keep-rate",
         type=_numbers,
         metavar="RATE",
-        help=f"share of the patches to keep in each stage, or a list rate,rate,... (default: {KEEP_RATE})",
+        help=f"share of the patches to keep in each stage, or a list rate,rate,... (default: {DEFAULTS['keep_rate']})",
     )
     add("--tokens", type=_list, metavar="K,K,...", help="instead: how many patches to keep in each stage or block")
     add("--stages", type=_list, metavar="BLOCK,...", help="the blocks that reduce, from 0 (default: the method's)")
-    add("--rule", help="how rates become counts, evit or wttu (default: the method's)")
-    add("--scores", help="cls, or mean for models without a class token (default: cls)")
-    add("--no-fuse", dest="fuse", action="store_const", const=False, help="drop what the method would fuse")
-    add("--normalize", action="store_const", const=True, help="divide the fused token by the sum of its scores")
+    add(
+        "--option",
+        type=_pair,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="any other option of the method, such as scores=mean or fuse=False; may be given again",
+    )
+    takes = "; ".join(f"{name}: {', '.join(fields(name))}" for name in methods.METHODS)
+    parser.epilog = f"options of each method, as in tokred_kernels.methods: {takes}"
+
+
+def fields(method: str) -> list[str]:
+    """The options of a method by name."""
+    return [field.name for field in dataclasses.fields(methods.METHODS[method])]
 
 
 def chosen(args: argparse.Namespace) -> dict:
     """The options for `tokred_kernels.apply(model, args.method, **options)`.
 
     Raises:
-        UserError: an unknown method, or options that it does not take.
+        UserError: an unknown method, options that it does not take, or one given twice.
     """
-    options = {name: getattr(args, name) for name in OPTIONS if getattr(args, name) is not None}
-    method = methods.METHODS.get(args.method)
-    known = [field.name for field in dataclasses.fields(method)] if method else []
-    if "r" in known:
-        options.setdefault("r", R)
-    if "keep_rate" in known and "tokens" not in options:
-        options.setdefault("keep_rate", KEEP_RATE)
+    options = {name: getattr(args, name) for name in SHARED if getattr(args, name) is not None}
+    for name, value in args.option:
+        if name in options:
+            raise UserError(f"option {name} is given twice")
+        options[name] = value
+    if args.method in methods.METHODS:
+        _fill(options, args.method)
     if args.inflection is not None:
         options["r"] = (options.get("r"), args.inflection)
     try:
@@ -56,6 +72,26 @@ def chosen(args: argparse.Namespace) -> dict:
 def text(options: dict) -> str:
     """Options as a reader writes them: r=13, keep_rate=0.7."""
     return ", ".join(f"{name}={value}" for name, value in options.items())
+
+
+def _fill(options: dict, method: str) -> None:
+    """How much to remove, unless the options or the method say it."""
+    given = {field.name: field.default for field in dataclasses.fields(methods.METHODS[method])}
+    budgets = [name for name in ("r", "keep_rate", "tokens") if name in given]
+    said = any(name in options or given[name] not in (None, dataclasses.MISSING) for name in budgets)
+    if budgets and not said:
+        options[budgets[0]] = DEFAULTS[budgets[0]]
+
+
+def _pair(text: str) -> tuple[str, object]:
+    """NAME=VALUE; the value a number, True, False, None, a string, or a list or tuple of them."""
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier():
+        raise argparse.ArgumentTypeError(f"must be NAME=VALUE, got {text!r}")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):  # whatever is no literal is a string
+        return name, value
 
 
 def _integers(text: str) -> int | list[int]:

@@ -1,9 +1,14 @@
-"""The picture of `tokred bench --plot`: throughput of the variants, and tokens left after each block."""
+"""The pictures of `tokred bench --plot`.
+
+One method: throughput of the variants, and tokens left after each block. All of them: speed over MACs.
+"""
 
 from pathlib import Path
 
 from . import method_options
 from .table import label
+
+MARKERS = "osD^v<>Pphd8X"
 
 
 def save(record: dict, path: Path) -> None:
@@ -33,3 +38,33 @@ def save(record: dict, path: Path) -> None:
         f"{record['batch_size']} images a call, {record['weights']} weights"
     )
     figure.savefig(path, dpi=120)
+
+
+def save_all(record: dict, path: Path) -> None:
+    """Writes a PNG of a record of `tokred bench --method all`."""
+    from matplotlib.figure import Figure
+
+    rows = [row for row in record["rows"] if "speedup" in row]
+    figure = Figure(figsize=(10, 6), layout="constrained")
+    axes = figure.subplots()
+    oracle = sorted({(row["macs"], row["oracle_images_per_second"]) for row in rows})
+    axes.plot(*_line(oracle), color="black", linestyle=":", label="oracle: tokens sliced, for free")
+    for index, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
+        points = [(row["macs"], row["images_per_second"]) for row in rows if row["method"] == method]
+        untrained = any(row["untrained"] for row in rows if row["method"] == method)
+        axes.plot(*_line(points), marker=MARKERS[index % len(MARKERS)], label=method + " *" * untrained)
+    dense = [(record["macs"]["dense"], row["dense_images_per_second"]) for row in rows[:1]]
+    axes.plot(*_line(dense), color="black", marker="*", linestyle="", label="dense")
+    axes.set(xlabel="GMACs an image", ylabel="images/s")
+    axes.legend(ncols=2)
+    figure.suptitle(
+        f"{record['model']}, {record['dtype']}, {record['device']}, {record['batch_size']} images a call, "
+        f"{record['weights']} weights"
+    )
+    figure.savefig(path, dpi=120)
+
+
+def _line(points: list[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    """The two axes of points (MACs, images/s), from few MACs to many."""
+    points = sorted(points)
+    return [macs / 1e9 for macs, _ in points], [speed for _, speed in points]

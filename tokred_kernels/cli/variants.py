@@ -1,6 +1,7 @@
 """The variants of a model that are compared: dense, reduced, its plain PyTorch forms and its oracles.
 
 build     makes them over one set of weights
+tokens    counts what the reduced one keeps
 verify    compares their results; nothing is timed before this
 measure   times them side by side
 rows      turns times into images/s, speed-up and reduction efficiency
@@ -12,7 +13,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .. import apply, schedule, use_backend
+from .. import apply, schedule, trace, use_backend
+from ..methods import TopK
 from ..models.baselines import oracle_model, plain_model, shared_copy
 from . import agreement
 from .timing import Timing, graphed, interleave
@@ -37,14 +39,21 @@ def build(model: nn.Module, method: str, **options) -> dict[str, nn.Module]:
         "oracle": oracle_model(model, counts),
         "oracle_self": oracle_model(model, counts, attention="tokred"),
     }
-    removed = chosen.schedule(len(counts), counts[0][0] - model.num_prefix_tokens)[: len(counts)]
-    selection = {} if chosen.sized else {"scores": chosen.scores, "fuse": chosen.fusion}
+    removed = chosen.schedule(len(counts), model.patch_embed.num_patches)[: len(counts)]
+    selection = {"scores": chosen.scores, "fuse": chosen.fusion} if isinstance(chosen, TopK) else {}
     with contextlib.suppress(ValueError):  # a method or head without a plain form: the table does without
         for attention in ("sdpa", "explicit"):
             variants[f"plain_{attention}"] = plain_model(
                 model, removed, method=method, attention=attention, **selection
             )
     return variants
+
+
+def tokens(reduced: nn.Module, pixels: Tensor) -> list[float]:
+    """Tokens that enter the first block of a patched model and that leave each block, the mean over the images."""
+    with trace(reduced) as traced:
+        reduced(pixels)
+    return traced.counts.double().mean(0).tolist()
 
 
 def verify(variants: dict[str, nn.Module], method: str, pixels: Tensor, batch_size: int) -> dict:

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import timm
 import torch
 from PIL import Image
 from torch.library import Library
@@ -17,15 +18,16 @@ RATES = (0.9, 0.5)
 
 @pytest.fixture(scope="module")
 def record(tmp_path_factory):
-    """One small run: what it saved."""
+    """One small run: what it saved. The grid is fixed: radial refuses the model that takes any."""
     folder = tmp_path_factory.mktemp("all")
+    create = timm.create_model
     threads = torch.get_num_threads()
     argv = ["bench", MODEL, "--method", "all", "--keep-rate", ".9,.5", "--rounds", "2", "--threads", "1"]
     files = ["--json", str(folder / "a.json"), "--plot", str(folder / "a.png")]
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(timm, "create_model", lambda name, **options: create(name, dynamic_img_size=False, **options))
         assert main([*argv, "--batch-size", "3", "--device", "cpu", *files]) == 0
-    finally:
-        torch.set_num_threads(threads)
+    torch.set_num_threads(threads)
     with Image.open(folder / "a.png") as picture:
         assert picture.format == "PNG" and picture.size[0] > 500
     return json.loads((folder / "a.json").read_text())
@@ -36,7 +38,7 @@ def test_every_method_has_a_row_at_every_rate(record):
     assert record["stages"] == [1, 3, 4] and record["agreement"]["passed"]
     dense = record["macs"]["dense"]
     for row in record["rows"]:
-        assert row["agreement"]["passed"] and row["agreement"]["steps"] >= 1
+        assert row["agreement"]["passed"] and row["agreement"]["wrong"] == 0
         assert row["tokens"][0] == 101 and row["tokens"][-1] < 101 and row["macs"] < dense
         assert row["ideal_speedup"] == pytest.approx(dense / row["macs"]) and row["rounds"] == 2
         assert row["images_per_second"] == pytest.approx(3 / row["seconds_min"])

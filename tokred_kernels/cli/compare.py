@@ -127,7 +127,7 @@ def _checked(
             row["refused"], reduced = str(error), None
         else:
             tokens = variants.tokens(reduced, pixels)
-            row["untrained"] = any(block.tokred_part is not None for block in reduced.blocks)
+            row["untrained"] = any(len(list(b.tokred_part.parameters())) for b in reduced.blocks if b.tokred_part)
             row["tokens"] = tokens
             row["macs"] = schedule.macs(reduced)
             row["agreement"] = variants.verify({"dense": model, method: reduced}, method, pixels, batch_size)

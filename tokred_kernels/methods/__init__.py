@@ -6,22 +6,14 @@ from ._method import Method
 from ._staged import BeforeBlock, Staged
 from .evit import EViT
 from .metr import METR
+from .patchmerger import PatchMerger
 from .radial import Radial
+from .sinkhorn import Sinkhorn
+from .sit import SiT
 from .tome import ToMe
 from .topk import TopK
 
-__all__ = [
-    "METHODS",
-    "METR",
-    "BeforeBlock",
-    "EViT",
-    "Method",
-    "Radial",
-    "Staged",
-    "ToMe",
-    "TopK",
-    "create",
-]
+__all__ = ["METHODS", "BeforeBlock", "Method", "Staged", "create"]
 
 METHODS: dict[str, type[Method]] = {
     "tome": ToMe,
@@ -29,6 +21,9 @@ METHODS: dict[str, type[Method]] = {
     "evit": EViT,
     "metr": METR,
     "radial": Radial,
+    "sit": SiT,
+    "patchmerger": PatchMerger,
+    "sinkhorn": Sinkhorn,
 }
 
 

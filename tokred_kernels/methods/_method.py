@@ -10,7 +10,8 @@ class Method:
 
     `block` in `step` is the model's block: `tokred_prefix`, the protected tokens in front; `tokred_part`, the method's
     own module in this block, or None; `project(x)`, its queries, keys and values [B, H, N, D];
-    `attend(q, k, v, size, scores)`, its attention branch and the scores [B, N]; `feed_forward(x)`, its MLP branch.
+    `attend(q, k, v, size, scores)`, its attention branch and the scores [B, N]; `branch(y)`, that
+    branch of what the heads give, [B, H, N, D]; `feed_forward(x)`, its MLP branch.
     Residuals are the method's to add.
     """
 

@@ -114,8 +114,13 @@ class ReducedBlock(Block):
         """The attention branch [B, N, C], each key counted size times, and the scores [B, N]."""
         attn = self.attn
         y, emitted = attend(q, k, v, size, scores=scores, dropout=attn.attn_drop.p if self.training else 0.0)
-        y = attn.norm(y.transpose(1, 2).reshape(q.shape[0], q.shape[2], attn.attn_dim))
-        return self.drop_path1(self.ls1(attn.proj_drop(attn.proj(y)))), emitted
+        return self.branch(y), emitted
+
+    def branch(self, y: Tensor) -> Tensor:
+        """The attention branch [B, N, C] of what the heads give, [B, H, N, D]."""
+        attn = self.attn
+        y = attn.norm(y.transpose(1, 2).reshape(y.shape[0], y.shape[2], attn.attn_dim))
+        return self.drop_path1(self.ls1(attn.proj_drop(attn.proj(y))))
 
     def feed_forward(self, x: Tensor) -> Tensor:
         """The MLP branch [B, N, C]."""

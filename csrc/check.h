@@ -136,6 +136,7 @@ struct MatchArgs {
   int64_t B, H, N, D, r, p;
   int64_t s_b, s_h, s_n;
   double power;
+  bool two_way;
 };
 
 inline void check_metric(const char* op, const Tensor& metric) {
@@ -145,7 +146,7 @@ inline void check_metric(const char* op, const Tensor& metric) {
 }
 
 inline MatchArgs match_args(const char* op, const Tensor& given, int64_t r, int64_t prefix,
-                            const OptionalTensor& weight, double power) {
+                            const OptionalTensor& weight, double power, bool two_way) {
   check_metric(op, given);
   MatchArgs a;
   const int64_t dims = given.dim();
@@ -156,7 +157,7 @@ inline MatchArgs match_args(const char* op, const Tensor& given, int64_t r, int6
   a.s_b = a.metric.stride(0), a.s_h = dims == 4 ? a.metric.stride(1) : 0, a.s_n = a.metric.stride(dims - 2);
   a.p = prefix, a.r = std::max<int64_t>(0, std::min(r, (a.N - prefix) / 2));
   a.weight = per_token(weight, wide(given.scalar_type()));
-  a.power = power;
+  a.power = power, a.two_way = two_way;
   return a;
 }
 

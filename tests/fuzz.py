@@ -45,6 +45,7 @@ def random_match(rng: random.Random, seed: int) -> MatchCase:
         layout=rng.choice(("contiguous", "contiguous", "sliced", "inner")),
         weighted=weighted,
         power=rng.choice((1.0, 2.0)) if weighted else 1.0,
+        two_way=rng.random() < 0.4,
         seed=seed,
     )
 
@@ -104,9 +105,10 @@ def random_attention(rng: random.Random, seed: int) -> AttentionCase:
 
 def run_match(case: MatchCase) -> None:
     x, metric, size, weight = case.x(), case.metric(), case.size(), case.weight()
-    check_assign(
-        tokred.match(metric, case.r, case.p, weight, power=case.power), metric, case.r, case.p, weight, case.power
-    )
+    assign = tokred.match(metric, case.r, case.p, weight, **case.keywords)
+    check_assign(assign, metric, case.r, case.p, weight, **case.keywords)
+    if case.two_way:
+        return
     out, size_out, assign = tokred.match_merge(x, metric, case.r, case.p, size)
     check_assign(assign, metric, case.r, case.p)
     check_merge((out, size_out), x, assign, out.shape[1], size)

@@ -96,12 +96,12 @@ def test_random_cases(run):
 
 def test_table_of_cases(run):
     code = """
-from cases import MATCH_CASES, MERGE_CASES
+from cases import MATCH_CASES, MERGE_CASES, TWO_WAY_CASES
 from fuzz import available_isas, run_match, run_merge
 import tokred_kernels as tokred
 for isa in available_isas():
     with tokred.use_backend("cpu", isa=isa):
-        for case in MATCH_CASES:
+        for case in MATCH_CASES + TWO_WAY_CASES:
             if case.small: run_match(case)
         for case in MERGE_CASES:
             for reduce in ("mean", "sum", "amax"): run_merge(case, reduce)

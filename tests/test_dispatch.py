@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from cases import MATCH_CASES, MERGE_CASES
+from cases import MATCH_CASES, MERGE_CASES, TWO_WAY_CASES
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import tokred_kernels as tokred
@@ -29,7 +29,7 @@ def test_opcheck(grad, dtype):
     x, k = x.to(dtype).requires_grad_(grad), k.to(dtype)
     weight = torch.rand(2, 15).requires_grad_(grad)
     samples = {
-        ops.match.default: [((k, 4), {}), ((k[:, 0], 0, 2, size), {"power": 2.0})],
+        ops.match.default: [((k, 4), {}), ((k[:, 0], 0, 2, size), {"power": 2.0}), ((k, 5), {"two_way": True})],
         ops.merge.default: [((x, assign, 5, size), {"reduce": r}) for r in ("mean", "sum", "amax")]
         + [((x, assign, 5, None, weight), {"reduce": r}) for r in ("mean", "sum")],
         ops.unmerge.default: [((x, assign), {})],
@@ -48,6 +48,14 @@ def test_fakes_have_the_real_shapes_strides_and_dtypes(case):
         fake = ops.match_merge(*(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in args))
     for a, b in zip(real, fake, strict=True):
         assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
+
+
+@pytest.mark.parametrize("case", TWO_WAY_CASES[::10], ids=lambda c: c.id)
+def test_fakes_of_match_two_way(case):
+    real = ops.match(case.metric(), case.r, case.p, two_way=True)
+    with FakeTensorMode() as mode:
+        fake = ops.match(mode.from_tensor(case.metric()), case.r, case.p, two_way=True)
+    assert (real.shape, real.stride(), real.dtype) == (fake.shape, fake.stride(), fake.dtype)
 
 
 @pytest.mark.parametrize("case", MERGE_CASES, ids=lambda c: c.id)
@@ -78,7 +86,7 @@ def test_vmap_equals_a_loop(dim):
     def everything(x, k, size, assign):
         merged = ops.match_merge(x, k, 4, 1, size)
         others = ops.merge(x, assign, 5, size, size, reduce="sum"), ops.unmerge(x, assign), ops.match(k, 3, 2, size)
-        return *merged, *others[0], *others[1:]
+        return *merged, *others[0], *others[1:], ops.match(k, 5, 1, size, two_way=True)
 
     mapped = torch.vmap(everything, dims)(x, k, size, assign)
     looped = [everything(*part) for part in parts]
@@ -96,7 +104,8 @@ def test_vmap_repeats_what_is_not_mapped():
 def step(x, k, size, r: int):
     out, size, assign = ops.match_merge(x, k, r, 1, size)
     back = ops.unmerge(out, assign)
-    return ops.merge(back + x, assign, out.shape[1], None, None, reduce="amax")[0], size, ops.match(k, r)
+    largest, _ = ops.merge(back + x, assign, out.shape[1], None, None, reduce="amax")
+    return largest, size, ops.match(k, r), ops.match(k, r, two_way=True)
 
 
 def test_compile_is_one_graph_for_all_shapes():

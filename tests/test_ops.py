@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import ISAS, MATCH_CASES, MERGE_CASES
+from cases import ISAS, MATCH_CASES, MERGE_CASES, TWO_WAY_CASES
 from oracle import check_assign, check_merge, same
 
 import tokred_kernels as tokred
@@ -21,7 +21,7 @@ def with_float64(cases):
     return cases + [dataclasses.replace(c, dtype=torch.float64) for c in cases if c.dtype == torch.float32]
 
 
-@by_id(with_float64(MATCH_CASES))
+@by_id(with_float64(MATCH_CASES + TWO_WAY_CASES))
 def test_match(case, backend, poisoned):
     metric, weight = case.metric(), case.weight()
     before = metric.clone(), None if weight is None else weight.clone()
@@ -78,6 +78,15 @@ def test_match_one_image_alone_equals_the_batch(case, backend):
         assert all(same(one, whole[b : b + 1]) for one, whole in zip(alone, batch, strict=True))
 
 
+@by_id([c for c in TWO_WAY_CASES if c.B > 1])
+def test_two_way_match_of_one_image_alone_equals_the_batch(case, backend):
+    metric, weight = case.metric(), case.weight()
+    batch = tokred.match(metric, case.r, case.p, weight, **case.keywords)
+    for b in range(case.B):
+        one = None if weight is None else weight[b : b + 1]
+        assert same(tokred.match(metric[b : b + 1], case.r, case.p, one, **case.keywords), batch[b : b + 1])
+
+
 @pytest.mark.parametrize("reduce", REDUCE)
 @by_id([c for c in MERGE_CASES if c.B > 1])
 def test_merge_one_image_alone_equals_the_batch(case, reduce, backend):
@@ -100,7 +109,7 @@ def test_bitwise_equal_over_threads_and_runs(backend, dtype):
         for n in (1, 2, 2, 5):
             torch.set_num_threads(n)
             merged = tokred.match_merge(x, k, 40, 1, size)
-            results.append([*merged, tokred.unmerge(merged[0], merged[2])])
+            results.append([*merged, tokred.unmerge(merged[0], merged[2]), tokred.match(k, 40, two_way=True)])
     finally:
         torch.set_num_threads(threads)
     for again in results[1:]:
@@ -144,6 +153,7 @@ def test_offsets_past_2_to_the_31(backend):
     for call in (
         lambda t: tokred.match_merge(t, t, 1),
         lambda t: tokred.match_merge(t, t.unsqueeze(1), 2, 0),
+        lambda t: (tokred.match(t, 2, 0, two_way=True),),
         lambda t: tokred.merge(t, assign, 3),
         lambda t: (tokred.unmerge(t, assign),),
     ):

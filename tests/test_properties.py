@@ -51,12 +51,43 @@ def test_an_assignment_is_onto_and_keeps_mass_and_prefix(image):
     assert (size_out[:, :p] == 1).all()
 
 
+@given(images(), st.booleans())
+def test_two_ways_remove_r_and_leave_the_prefix(image, weighted):
+    """Half of them from each set, and every row has a member of the set whose row it is."""
+    _, k, r, p, size = image
+    N = k.shape[2]
+    assign = tokred.match(k, r, p, size if weighted else None, two_way=True)
+    r = max(0, min(r, (N - p) // 2))
+    stayed = len(range(p + p % 2, N, 2)) - r // 2  # of a
+    for rows in assign.tolist():
+        assert rows[:p] == list(range(p))
+        assert sorted(set(rows[p:])) == list(range(p, N - r))
+        if r > 0:
+            of_a, of_b = rows[p + p % 2 :: 2], rows[p + 1 - p % 2 :: 2]
+            assert set(of_a) >= set(range(p, p + stayed))
+            assert sorted(row for row in of_b if row >= p + stayed) == list(range(p + stayed, N - r))
+
+
+@given(images(min_patches=2))
+def test_two_ways_begin_as_one(image):
+    """What r // 2 one way puts into one row stays together."""
+    _, k, r, p, _ = image
+    N = k.shape[2]
+    r = max(0, min(r, (N - p) // 2))
+    both, one = tokred.match(k, r, p, two_way=True), tokred.match(k, r // 2, p)
+    for rows, rows_of_one in zip(both.tolist(), one.tolist(), strict=True):
+        row_of = {}
+        for row, row_of_one in zip(rows, rows_of_one, strict=True):
+            assert row_of.setdefault(row_of_one, row) == row
+
+
 @given(images())
 def test_r_zero_is_the_identity(image):
     x, k, _, p, size = image
     out, size_out, assign = tokred.match_merge(x, k, 0, p, size)
     assert torch.equal(exact(out), exact(x)) and torch.equal(size_out.float(), size)
     assert torch.equal(assign, torch.arange(x.shape[1], dtype=torch.int32).expand_as(assign))
+    assert torch.equal(tokred.match(k, 0, p, two_way=True), assign)
 
 
 @given(images(), st.floats(-100, 100, width=16))

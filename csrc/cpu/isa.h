@@ -14,6 +14,7 @@ struct MatchImage {
   int32_t* assign;     // [N]
   int64_t H, N, D, r, p, s_h, s_n;
   double power;
+  bool two_way;
   Dtype dtype;
   // What the caller reads next comes to the second-level cache while the multipliers are busy (match_merge at B = 8:
   // -13 %); may be null, 0.

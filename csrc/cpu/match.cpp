@@ -5,8 +5,7 @@ namespace tokred {
 
 Tensor match_cpu(const Tensor& metric, int64_t r, int64_t prefix, const OptionalTensor& weight, double power,
                  bool two_way) {
-  if (two_way) throw std::runtime_error("match: two_way=True is not implemented yet");
-  const MatchArgs args = match_args("match", metric, r, prefix, weight, power);
+  const MatchArgs args = match_args("match", metric, r, prefix, weight, power, two_way);
   Tensor assign = new_int32(metric, {args.B, args.N});
   const MatchImages images(args, assign);
   for_each_image(args.B, [&](int64_t b) { isa().match(images[b]); });

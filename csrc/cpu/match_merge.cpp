@@ -7,7 +7,7 @@ namespace tokred {
 std::tuple<Tensor, Tensor, Tensor> match_merge_cpu(const Tensor& x, const Tensor& metric, int64_t r, int64_t prefix,
                                                    const OptionalTensor& size) {
   check_match_merge(x, metric, prefix, size);
-  const MatchArgs match = match_args("match_merge", metric, r, prefix, std::nullopt, 1.0);
+  const MatchArgs match = match_args("match_merge", metric, r, prefix, std::nullopt, 1.0, false);
   Tensor assign = new_int32(x, {match.B, match.N});
   const int64_t M = match.N - match.r;
   const MergeArgs merge = merge_args("match_merge", x, assign, M, size, std::nullopt);

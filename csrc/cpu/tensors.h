@@ -53,6 +53,7 @@ class MatchImages {
             a.s_h,
             a.s_n,
             a.power,
+            a.two_way,
             dtype_,
             nullptr,
             0};

@@ -33,7 +33,7 @@ Tensor match_cuda(const Tensor& metric, int64_t r, int64_t prefix, const Optiona
                   bool two_way) {
   if (two_way) throw std::runtime_error("match: two_way=True is not implemented yet");
   const DeviceGuard guard(metric.get_device_index());
-  const MatchArgs args = match_args("match", metric, r, prefix, weight, power);
+  const MatchArgs args = match_args("match", metric, r, prefix, weight, power, two_way);
   Tensor assign = new_int32(metric, {args.B, args.N});
   match_into("match", args, assign);
   return assign;

@@ -8,7 +8,7 @@ std::tuple<Tensor, Tensor, Tensor> match_merge_cuda(const Tensor& x, const Tenso
   const DeviceGuard guard(x.get_device_index());
   const char* op = "match_merge";
   check_match_merge(x, metric, prefix, size);
-  const MatchArgs match = match_args(op, metric, r, prefix, std::nullopt, 1.0);
+  const MatchArgs match = match_args(op, metric, r, prefix, std::nullopt, 1.0, false);
   Tensor assign = new_int32(x, {match.B, match.N});
   const int64_t M = match.N - match.r;
   const MergeArgs merge = merge_args(op, x, assign, M, size, std::nullopt);

@@ -1,6 +1,7 @@
 """Slow float64 forms of the methods that reduce whole tokens, written from their definitions, one image at a time."""
 
 import copy
+import itertools
 import math
 
 import torch
@@ -79,3 +80,86 @@ def sinkhorn(part: nn.Module, x: Tensor, eps: float = 1.0, iterations: int = 3) 
 def _layer_norm(norm: nn.LayerNorm, token: Tensor) -> Tensor:
     centred = token - token.mean()
     return norm.weight * centred / (centred.square().mean() + norm.eps).sqrt() + norm.bias
+
+
+def distances(x: Tensor) -> list[list[float]]:
+    return [[math.sqrt(sum((a - b) ** 2 for a, b in zip(u, v, strict=True))) for v in x.tolist()] for u in x.tolist()]
+
+
+class Choices:
+    """Picks the lowest of some values, of equals the first, and notes whether a choice was ever closer than rounding.
+
+    Exact ties are clear: what is equal by definition is equal in floating point, in any precision.
+    """
+
+    def __init__(self, rounding: float = 1e-12) -> None:
+        self.rounding, self.clear = rounding, True
+
+    def lowest(self, values: list[float], k: int = 1) -> list[int]:
+        order = sorted(range(len(values)), key=lambda i: (values[i], i))
+        scale = max(abs(v) for v in values)
+        for i, j in itertools.pairwise(order[: k + 1]):
+            gap = values[j] - values[i]
+            self.clear = self.clear and (gap == 0 or gap > self.rounding * scale)
+        return order[:k]
+
+
+def dpcknn(x: Tensor, k: int, part: nn.Module | None = None, neighbors: int = 5, choices: Choices | None = None):
+    """(rows [k, C], label [P])."""
+    choices = choices or Choices()
+    P, C = x.shape
+    d = [[value / math.sqrt(C) for value in row] for row in distances(x)]
+    rho = []
+    for row in d:
+        near = sorted(row)[:neighbors]
+        rho.append(math.exp(-sum(value * value for value in near) / len(near)))
+    score = []
+    for i in range(P):
+        denser = [j for j in range(P) if rho[j] > rho[i] or (rho[j] == rho[i] and j < i)]
+        score.append(rho[i] * (min(d[i][j] for j in denser) if denser else max(map(max, d))))
+    centres = choices.lowest([-value for value in score], k)
+    label = [centres.index(i) if i in centres else choices.lowest([d[i][c] for c in centres])[0] for i in range(P)]
+    weight = [1.0] * P if part is None else [math.exp(part["score"](token).item()) for token in x]
+    rows = []
+    for c in range(k):
+        members = [i for i in range(P) if label[i] == c]
+        rows.append(sum(weight[i] * x[i] for i in members) / sum(weight[i] for i in members))
+    return torch.stack(rows), torch.tensor(label)
+
+
+def kmedoids(
+    x: Tensor,
+    k: int,
+    weight: list[float] | None,
+    update: str = "textbook",
+    iterations: int = 3,
+    choices: Choices | None = None,
+):
+    """(medoids [k], label [P]); weight None: equal weights and the farthest-first start."""
+    choices = choices or Choices()
+    d = distances(x)
+    P = len(d)
+    if weight is None:
+        weight = [1.0] * P
+        centres = choices.lowest([sum(row) for row in d])
+        while len(centres) < k:
+            rest = [i for i in range(P) if i not in centres]
+            centres.append(rest[choices.lowest([-min(d[i][c] for c in centres) for i in rest])[0]])
+    else:
+        centres = choices.lowest([-w for w in weight], k)
+
+    def labels():
+        return [choices.lowest([d[i][c] for c in centres])[0] for i in range(P)]
+
+    for _ in range(iterations):
+        label = labels()
+        for c in range(k):
+            members = [i for i in range(P) if label[i] == c]
+            if not members:
+                continue
+            if update == "textbook":
+                cost = [sum(weight[j] * d[i][j] for j in members) for i in members]
+            else:
+                cost = [weight[i] * sum(d[i]) for i in members]
+            centres[c] = members[choices.lowest(cost)[0]]
+    return torch.tensor(centres), torch.tensor(labels())

@@ -18,6 +18,8 @@ METHODS = {  # options, the names of the part's parameters
     ),
     "patchmerger": (dict(tokens=[25, 9], stages=(1, 3)), ["queries", "norm.weight", "norm.bias"]),
     "sinkhorn": (dict(tokens=[25, 9], stages=(1, 3)), ["v"]),
+    "dpcknn": (dict(tokens=[25, 9], stages=(1, 3)), ["score.weight", "score.bias"]),
+    "kmedoids": (dict(tokens=[25, 9], stages=(1, 3)), []),
 }
 every_method = pytest.mark.parametrize("method", METHODS)
 

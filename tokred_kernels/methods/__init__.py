@@ -4,7 +4,9 @@ import dataclasses
 
 from ._method import Method
 from ._staged import BeforeBlock, Staged
+from .dpcknn import DPCKNN
 from .evit import EViT
+from .kmedoids import KMedoids
 from .metr import METR
 from .patchmerger import PatchMerger
 from .radial import Radial
@@ -21,6 +23,8 @@ METHODS: dict[str, type[Method]] = {
     "evit": EViT,
     "metr": METR,
     "radial": Radial,
+    "kmedoids": KMedoids,
+    "dpcknn": DPCKNN,
     "sit": SiT,
     "patchmerger": PatchMerger,
     "sinkhorn": Sinkhorn,

@@ -67,11 +67,20 @@ class Staged(Method):
     def counts(self, depth: int, patches: int, prefix: int) -> list[tuple[int, int]]:
         return schedule.selected(self.schedule(depth, patches), patches, prefix, self.fuses, self.site)
 
+    def may_reduce(self, block: int) -> bool:
+        """Whether there is a number of patches of which this block keeps fewer: whether it needs a learned part."""
+        stages, share, _ = self._plan
+        return block in stages and (share is None or share[stages.index(block)] != (1, 1))
+
     def _name(self) -> str:
         return type(self).__name__.lower()
 
     def _refuse(self, expected: str, got: object) -> None:
         raise ValueError(f"{self._name()}: {expected}, got {got!r}")
+
+    def _integer(self, option: str, value: object, least: int) -> None:
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            self._refuse(f"{option} must be an int of at least {least}", value)
 
     def _integers(self, option: str, values: object, least: int) -> tuple[int, ...]:
         try:

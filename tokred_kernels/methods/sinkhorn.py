@@ -1,7 +1,6 @@
 """Sinkhorn: patches are shared out among learned centres by optimal transport."""
 
 import numbers
-import operator
 from dataclasses import dataclass
 
 import torch
@@ -44,15 +43,10 @@ class Sinkhorn(Soft):
         super().__post_init__()
         if isinstance(self.eps, bool) or not isinstance(self.eps, numbers.Real) or not 0.025 <= self.eps < float("inf"):
             self._refuse("eps must be a number of at least 0.025", self.eps)
-        try:
-            fits = not isinstance(self.iterations, bool) and operator.index(self.iterations) >= 1
-        except TypeError:
-            fits = False
-        if not fits:
-            self._refuse("iterations must be an int of at least 1", self.iterations)
+        self._integer("iterations", self.iterations, 1)
 
     def weighting(self, width: int, clusters: int) -> nn.Module:
-        return Transport(width, clusters, float(self.eps), operator.index(self.iterations))
+        return Transport(width, clusters, float(self.eps), int(self.iterations))
 
 
 class Transport(nn.Module):

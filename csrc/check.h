@@ -90,11 +90,18 @@ inline void check_per_token(const char* op, const char* argument, const Optional
   check_device(op, argument, *t, x);
 }
 
+// assign, label, centres: int32.
+inline void check_rows(const char* op, const char* argument, const Tensor& t, const std::string& letters,
+                       const std::vector<int64_t>& shape, const Tensor& x) {
+  const std::string expected = "int32 " + letters;
+  if (t.scalar_type() != ScalarType::Int)
+    fail(op, argument, expected + " = " + show(shape), show_dtype(t.scalar_type()) + " " + show_shape(t));
+  check_shape(op, argument, t, expected.c_str(), shape);
+  check_device(op, argument, t, x);
+}
+
 inline void check_assign(const char* op, const Tensor& assign, int64_t B, int64_t N, const Tensor& x) {
-  if (assign.scalar_type() != ScalarType::Int)
-    fail(op, "assign", "int32 [B, N] = " + show({B, N}), show_dtype(assign.scalar_type()) + " " + show_shape(assign));
-  check_shape(op, "assign", assign, "int32 [B, N]", {B, N});
-  check_device(op, "assign", assign, x);
+  check_rows(op, "assign", assign, "[B, N]", {B, N}, x);
 }
 
 inline void check_rank3(const char* op, const char* argument, const Tensor& t, const char* letters) {
@@ -229,7 +236,7 @@ inline void check_match_merge(const Tensor& x, const Tensor& metric, int64_t pre
   check_per_token(op, "size", size, B, N, x);
 }
 
-// TOKRED_DEBUG=1: an assign value that is neither a row nor -1 is an error; otherwise it means dropped.
+// TOKRED_DEBUG=1: an index that is neither a row nor -1 is an error; otherwise it means dropped, or no centre.
 inline bool debug() {
   static const bool on = [] {
     const char* value = std::getenv("TOKRED_DEBUG");
@@ -238,11 +245,16 @@ inline bool debug() {
   return on;
 }
 
-inline void check_assign_values(const char* op, const int32_t* assign, int64_t count, int64_t m) {
+inline void check_values(const char* op, const char* argument, const int32_t* values, int64_t count,
+                         const std::string& letter, int64_t end) {
   for (int64_t i = 0; i < count; ++i)
-    if (assign[i] < -1 || assign[i] >= m)
-      fail(op, "assign", "in [-1, m) = [-1, " + std::to_string(m) + ") under TOKRED_DEBUG=1",
-           std::to_string(assign[i]));
+    if (values[i] < -1 || values[i] >= end)
+      fail(op, argument, "in [-1, " + letter + ") = [-1, " + std::to_string(end) + ") under TOKRED_DEBUG=1",
+           std::to_string(values[i]));
+}
+
+inline void check_assign_values(const char* op, const int32_t* assign, int64_t count, int64_t m) {
+  check_values(op, "assign", assign, count, "m", m);
 }
 
 }  // namespace tokred

@@ -74,6 +74,56 @@ struct TopkGatherImage {
   Dtype dtype;
 };
 
+// One image of pairwise_distance.
+struct PairwiseImage {
+  const void* x;  // [N, C]
+  void* out;      // [N, N] wide
+  int64_t N, C, s_n;
+  double scale;
+  Dtype dtype;
+};
+
+// The distances of an image, in their wide dtype.
+struct DistanceView {
+  const void* data;  // [N, N]
+  int64_t N, s_n;
+  Dtype dtype;  // kFloat or kDouble
+};
+
+// One image of knn; k at most N.
+struct KnnImage {
+  DistanceView distance;
+  void* values;      // [N, k] wide
+  int32_t* indices;  // [N, k]
+  int64_t k;
+};
+
+// One image of separation.
+struct SeparationImage {
+  DistanceView distance;
+  const void* density;  // [N] wide
+  void* out;            // [N] wide
+};
+
+// One image of nearest.
+struct NearestImage {
+  DistanceView distance;
+  const int32_t* centres;  // [K]
+  int32_t* label;          // [N]
+  int64_t K;
+  bool pin;
+};
+
+// One image of medoids.
+struct MedoidsImage {
+  DistanceView distance;
+  const int32_t *label, *centres;  // [N], [K]
+  const void* weight;              // [N] wide
+  int32_t* out;                    // [K]
+  int64_t K;
+  bool textbook;  // else wttu
+};
+
 // The gradients of a whole batch, in units of (image, head). grad_out and grad_scores may be null: 0.
 struct AttentionGrads {
   AttentionBatch forward;
@@ -92,6 +142,11 @@ struct Isa {
   void (*attention_grads)(const AttentionGrads&, int64_t begin, int64_t end);  // units
   void (*topk)(const TopkImage&);
   void (*topk_gather)(const TopkGatherImage&);
+  void (*pairwise_distance)(const PairwiseImage&);
+  void (*knn)(const KnnImage&);
+  void (*separation)(const SeparationImage&);
+  void (*nearest)(const NearestImage&);
+  void (*medoids)(const MedoidsImage&);
 };
 
 const Isa& isa();  // the one in use

@@ -21,6 +21,11 @@ void attention_units(const AttentionBatch&, int64_t begin, int64_t end);
 void attention_grads(const AttentionGrads&, int64_t begin, int64_t end);
 void topk_image(const TopkImage&);
 void topk_gather_image(const TopkGatherImage&);
+void pairwise_image(const PairwiseImage&);
+void knn_image(const KnnImage&);
+void separation_image(const SeparationImage&);
+void nearest_image(const NearestImage&);
+void medoids_image(const MedoidsImage&);
 }  // namespace avx512
 
 namespace amx {
@@ -54,7 +59,12 @@ extern const Isa kIsa = {"amx",
                          attention_units,
                          avx512::attention_grads,
                          avx512::topk_image,
-                         avx512::topk_gather_image};
+                         avx512::topk_gather_image,
+                         avx512::pairwise_image,
+                         avx512::knn_image,
+                         avx512::separation_image,
+                         avx512::nearest_image,
+                         avx512::medoids_image};
 
 }  // namespace amx
 }  // namespace tokred

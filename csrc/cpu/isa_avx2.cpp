@@ -15,6 +15,9 @@ constexpr int kVectorBytes = 32;
 #include "tile.h"
 #include "topk_image.h"
 //
+#include "clusters_image.h"
+#include "pairwise_distance_image.h"
+//
 #include "attention_image.h"
 //
 #include "attention_vector.h"
@@ -24,8 +27,9 @@ constexpr int kVectorBytes = 32;
 static bool supported() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 }
-extern const Isa kIsa = {"avx2",          supported,       match_image, merge_image,
-                         attention_units, attention_grads, topk_image,  topk_gather_image};
+extern const Isa kIsa = {"avx2",           supported,     match_image,       merge_image,    attention_units,
+                         attention_grads,  topk_image,    topk_gather_image, pairwise_image, knn_image,
+                         separation_image, nearest_image, medoids_image};
 
 }  // namespace tokred::avx2
 #endif

@@ -17,6 +17,9 @@ constexpr int kVectorBytes = 64;
 #include "tile.h"
 #include "topk_image.h"
 //
+#include "clusters_image.h"
+#include "pairwise_distance_image.h"
+//
 #include "attention_image.h"
 //
 #include "attention_vector.h"
@@ -27,8 +30,9 @@ static bool supported() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
-extern const Isa kIsa = {"avx512",        supported,       match_image, merge_image,
-                         attention_units, attention_grads, topk_image,  topk_gather_image};
+extern const Isa kIsa = {"avx512",         supported,     match_image,       merge_image,    attention_units,
+                         attention_grads,  topk_image,    topk_gather_image, pairwise_image, knn_image,
+                         separation_image, nearest_image, medoids_image};
 
 }  // namespace tokred::avx512
 #endif

@@ -11,6 +11,9 @@ constexpr int kVectorBytes = 16;
 #include "tile.h"
 #include "topk_image.h"
 //
+#include "clusters_image.h"
+#include "pairwise_distance_image.h"
+//
 #include "attention_image.h"
 //
 #include "attention_vector.h"
@@ -18,7 +21,8 @@ constexpr int kVectorBytes = 16;
 #include "attention_backward_image.h"
 
 static bool supported() { return true; }
-extern const Isa kIsa = {"portable",      supported,       match_image, merge_image,
-                         attention_units, attention_grads, topk_image,  topk_gather_image};
+extern const Isa kIsa = {"portable",       supported,     match_image,       merge_image,    attention_units,
+                         attention_grads,  topk_image,    topk_gather_image, pairwise_image, knn_image,
+                         separation_image, nearest_image, medoids_image};
 
 }  // namespace tokred::portable

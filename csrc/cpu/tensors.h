@@ -3,6 +3,7 @@
 #include <tuple>
 
 #include "../check.h"
+#include "../check_clusters.h"
 #include "../check_topk.h"
 #include "isa.h"
 
@@ -115,5 +116,9 @@ class TopkImages {
   Dtype dtype_;
   int32_t* assign_;
 };
+
+inline DistanceView distance_view(const DistanceArgs& a, int64_t b) {
+  return {element(a.distance, b * a.s_b), a.N, a.s_n, dtype_of(a.distance)};
+}
 
 }  // namespace tokred

@@ -23,6 +23,7 @@ def repair() -> None:
     - the cast from float32 to bfloat16 rounds to nearest even, as the hardware does; the interpreter truncates;
     - tl.dot of bfloat16 multiplies values, not their bit patterns;
     - tl.dot runs in float64: numpy's float32 matmul rounds equal rows differently at its tile edges;
+    - tl.sum runs in float64: numpy adds the rows of a matrix one after another, no tree as hardware does;
     - a scalar keeps its numpy dtype when it becomes a block: a comparison became integers, and triton 3.9 refuses
       those as a mask;
     - tl.maximum and tl.minimum drop a NaN, unless told to propagate it;
@@ -69,6 +70,12 @@ def repair() -> None:
             product = np.matmul(wide(a), wide(b)) + d.data
         return interpreter.TensorHandle(product.astype(d.data.dtype), d.dtype.scalar)
 
+    def total(self, block):
+        data = block.handle.data
+        wide = np.float64 if data.dtype == np.float32 else None
+        result = np.sum(data, axis=self.axis, keepdims=self.keep_dims, dtype=wide)
+        return self.to_tensor(result if wide is None else result.astype(np.float32), block.dtype)
+
     def splat(self, block_type, scalar):
         value = np.asarray(scalar.data).reshape(-1)[0]
         return interpreter.TensorHandle(np.full(block_type.shape, value), scalar.dtype.scalar)
@@ -78,6 +85,7 @@ def repair() -> None:
         if getattr(builder, name) is cast:
             setattr(builder, name, cast_rounding)
     builder.create_dot = dot
+    interpreter.ReduceOps.sum = total
     builder.create_splat = splat
     builder.create_maxnumf = lambda self, a, b: self.binary_op(a, b, np.fmax)
     builder.create_minnumf = lambda self, a, b: self.binary_op(a, b, np.fmin)

@@ -58,6 +58,14 @@ def test_attention_scores(case, poisoned):
     oracle.check_scores(tokred.attention_scores(q, k, case.size("cuda"), **case.keywords), case)
 
 
+@by_id(STEPS)
+def test_gradients_come_from_triton(case):
+    """There is no backward kernel in CUDA C++."""
+    leaves = [t.detach().requires_grad_() for t in case.qkv("cuda")]
+    results = tokred.attention(*leaves, case.size("cuda"), **case.keywords)
+    oracle.check_gradients(case, torch.autograd.grad(results, leaves, case.grads("cuda")))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_many_keys(dtype):
     """N = 16,384, a few queries against the oracle and all of them among each other: the column mean adds up to 1."""

@@ -2,7 +2,7 @@
 
 CompositeExplicitAutograd   reference.py, any device
 CPU                         csrc/cpu
-CUDA                        csrc/cuda (_cuda) where it was built, else tokred_kernels/triton
+CUDA                        csrc/cuda (_cuda) where it was built, else tokred_kernels/triton, else the reference
 """
 
 import contextlib
@@ -34,6 +34,7 @@ OPS = (
     "nearest",
     "medoids",
 )
+TRITON_ONLY = ("attention_backward",)  # no CUDA C++ form
 BACKENDS = ("reference", "cpu", "cuda", "triton")
 
 # What runs the attention of a patched block on each type of device: "tokred", our op, or "sdpa", torch's, with log size
@@ -69,6 +70,7 @@ _load(
     f"(this is torch {torch.__version__})",
 )
 _cuda_missing = _load_cuda()
+_has_triton = importlib.util.find_spec("triton") is not None
 
 
 def _triton(op: str) -> Callable:
@@ -84,7 +86,7 @@ def _triton(op: str) -> Callable:
 _library = Library("tokred", "IMPL")
 for _op in OPS:
     _library.impl(_op, getattr(reference, _op), "CompositeExplicitAutograd")
-    if _cuda_missing:
+    if _has_triton and (_cuda_missing or _op in TRITON_ONLY):
         _library.impl(_op, _triton(_op), "CUDA")
 _selected: list[str] = []  # the use_backend contexts now open, innermost last
 
@@ -107,6 +109,8 @@ def use_backend(name: str, *, isa: str = "") -> Iterator[None]:
         raise ValueError(f"use_backend: isa is for the backend cpu, got isa={isa!r} with {name!r}")
     if name == "cuda" and _cuda_missing:
         raise RuntimeError(f"use_backend: no CUDA C++ kernels: {_cuda_missing}")
+    if name == "triton" and not _has_triton:
+        raise RuntimeError("use_backend: triton is not installed")
     before = torch.ops.tokred.cpu_isa()
     if isa:
         torch.ops.tokred.cpu_isa(isa)
@@ -143,16 +147,22 @@ def info() -> dict[str, dict[str, str]]:
     """
     selected = _selected[-1] if _selected else None
     cpu = "reference" if selected == "reference" else f"cpu ({torch.ops.tokred.cpu_isa()})"
-    built = "triton" if _cuda_missing else "cuda"
-    cuda = selected if selected in ("reference", "triton") else built
+
+    def cuda(op: str) -> str:
+        if selected in ("reference", "triton"):
+            return selected
+        if _cuda_missing or op in TRITON_ONLY:
+            return "triton" if _has_triton else "reference"
+        return "cuda"
+
     reasons = {}
     if _cuda_missing:
         reasons["cuda"] = _cuda_missing
-    if importlib.util.find_spec("triton") is None:
+    if not _has_triton:
         reasons["triton"] = "triton is not installed"
     if not torch.cuda.is_available():
         reasons["gpu"] = "torch sees no CUDA device"
-    return {**{op: {"cpu": cpu, "cuda": cuda} for op in OPS}, "reasons": reasons}
+    return {**{op: {"cpu": cpu, "cuda": cuda(op)} for op in OPS}, "reasons": reasons}
 
 
 _chosen = os.environ.get("TOKRED_BACKEND")

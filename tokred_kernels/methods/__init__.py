@@ -4,6 +4,7 @@ import dataclasses
 
 from ._method import Method
 from ._staged import BeforeBlock, Staged
+from .ats import ATS
 from .dpcknn import DPCKNN
 from .evit import EViT
 from .kmedoids import KMedoids
@@ -28,6 +29,7 @@ METHODS: dict[str, type[Method]] = {
     "sit": SiT,
     "patchmerger": PatchMerger,
     "sinkhorn": Sinkhorn,
+    "ats": ATS,
 }
 
 

@@ -4,6 +4,8 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+from .. import _check
+
 
 class Method:
     """A frozen dataclass: its fields are the options, checked in __post_init__; it holds nothing of a forward.
@@ -45,3 +47,12 @@ class Method:
         their dense forward instead.
         """
         raise NotImplementedError
+
+
+def check_heads(name: str, model: nn.Module) -> None:
+    """Raises ValueError unless the ops take the model's heads."""
+    for block in model.blocks:
+        if block.attn.head_dim > _check.MAX_WIDTH:
+            raise ValueError(
+                f"{name}: scores need heads of width {_check.MAX_WIDTH} at most, got {block.attn.head_dim}"
+            )

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .. import _check
+from ._method import check_heads
 from ._staged import Staged
 
 
@@ -48,11 +48,7 @@ class TopK(Staged):
         super().check(model)
         if self.scores == "cls" and not model.has_class_token:
             raise ValueError(f'{self._name()}: the model has no class token to score by; use scores="mean"')
-        for block in model.blocks:
-            if block.attn.head_dim > _check.MAX_WIDTH:
-                raise ValueError(
-                    f"{self._name()}: scores need heads of width {_check.MAX_WIDTH} at most, got {block.attn.head_dim}"
-                )
+        check_heads(self._name(), model)
 
     def step(self, block, x: Tensor, size: Tensor | None, r: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
         assign = None

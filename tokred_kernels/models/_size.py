@@ -1,5 +1,6 @@
 """What token sizes mean outside the ops: a bias on attention logits, a weight in a mean."""
 
+import torch
 from torch import Tensor
 
 
@@ -10,5 +11,6 @@ def key_mask(size: Tensor, dtype) -> Tensor:
 
 def weighted_mean(x: Tensor, size: Tensor) -> Tensor:
     """The mean over tokens of x [B, N, C], each counted size [B, N] times, in at least float32."""
+    size = size.to(torch.promote_types(size.dtype, x.dtype))
     weight = size / size.sum(1, keepdim=True)
     return (x * weight[..., None]).sum(1).to(x.dtype)

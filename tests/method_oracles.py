@@ -163,3 +163,71 @@ def kmedoids(
                 cost = [weight[i] * sum(d[i]) for i in members]
             centres[c] = members[choices.lowest(cost)[0]]
     return torch.tensor(centres), torch.tensor(labels())
+
+
+def predictor(part: nn.Module, x: Tensor, mask: Tensor) -> Tensor:
+    """DynamicViT: log p [P, 2] of keep and drop, for x [P, C] with mask [P]."""
+    norm, linear, _ = part.in_conv
+    half = x.shape[1] // 2
+    h = [F.gelu(linear.weight @ _layer_norm(norm, token) + linear.bias) for token in x]
+    mean = sum(m * row[half:] for m, row in zip(mask, h, strict=True)) / (mask.sum() + 1e-6)
+    rows = []
+    for row in h:
+        z = torch.cat([row[:half], mean])
+        for layer in part.out_conv:
+            z = layer.weight @ z + layer.bias if isinstance(layer, nn.Linear) else F.gelu(z)
+        rows.append(z.log_softmax(0))
+    return torch.stack(rows)
+
+
+def dynamicvit_training(patched: nn.Module, parts: dict, x: Tensor, noise: dict):
+    """DynamicViT in training, differentiable, in the dtype of the unpatched model.
+
+    Args:
+        patched: the plain blocks. parts: {block: predictor}. noise: {block: exponential draws [B, P, 2]}.
+
+    Returns:
+        logits, {block: keep [B, P]}, patches [B, P, C].
+    """
+    model, p = patched, patched.num_prefix_tokens
+    rows, policies, decisions = [], [], {block: [] for block in parts}
+    for n, one in enumerate(model.norm_pre(model._pos_embed(model.patch_embed(x)))):
+        keep = torch.ones(len(one) - p, dtype=x.dtype)
+        policy = None
+        for index, block in enumerate(model.blocks):
+            if index in parts:
+                soft = (predictor(parts[index], one[p:], keep) - noise[index][n].log()).softmax(1)
+                hard = F.one_hot(soft.argmax(1), 2).to(x.dtype)
+                keep = (hard + soft - soft.detach())[:, 0] * keep
+                decisions[index].append(keep)
+                policy = torch.cat([torch.ones(p, dtype=x.dtype), keep])
+            one = one + _policy_attention(block, one, policy)
+            one = one + block.ls2(block.mlp(block.norm2(one)))
+        rows.append(model.norm(one))
+        policies.append(policy)
+    rows = torch.stack(rows)
+    pooled = rows[:, 0]
+    if model.global_pool == "avg":
+        weight = torch.stack(policies)[:, p:]
+        pooled = (rows[:, p:] * weight[..., None]).sum(1) / weight.sum(1)[:, None]
+    logits = model.head(model.head_drop(model.fc_norm(pooled)))
+    return logits, {block: torch.stack(keep) for block, keep in decisions.items()}, rows[:, p:]
+
+
+def _policy_attention(block, x: Tensor, policy: Tensor | None) -> Tensor:
+    attn, N = block.attn, len(x)
+    q, k, v = attn.qkv(block.norm1(x)).view(N, 3, attn.num_heads, attn.head_dim).permute(1, 2, 0, 3)
+    q, k = attn.q_norm(q), attn.k_norm(k)
+    heads = []
+    for qh, kh, vh in zip(q, k, v, strict=True):
+        rows = []
+        for i in range(N):
+            logits = kh @ qh[i] / math.sqrt(attn.head_dim)
+            if policy is None:
+                rows.append(logits.softmax(0) @ vh)
+                continue
+            gate = torch.cat([policy[:i], torch.ones(1, dtype=x.dtype), policy[i + 1 :]])
+            e = (logits - logits.max()).exp() * gate
+            rows.append((e + 1e-6 / N) / (e.sum() + 1e-6) @ vh)
+        heads.append(torch.stack(rows))
+    return block.ls1(attn.proj(attn.norm(torch.cat(heads, 1))))

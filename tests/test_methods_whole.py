@@ -19,6 +19,14 @@ METHODS = {  # options, the names of the part's parameters
     "patchmerger": (dict(tokens=[25, 9], stages=(1, 3)), ["queries", "norm.weight", "norm.bias"]),
     "sinkhorn": (dict(tokens=[25, 9], stages=(1, 3)), ["v"]),
     "dpcknn": (dict(tokens=[25, 9], stages=(1, 3)), ["score.weight", "score.bias"]),
+    "dynamicvit": (
+        dict(tokens=[25, 9], stages=(1, 3)),
+        [
+            f"{layer}.{kind}"
+            for layer in ("in_conv.0", "in_conv.1", "out_conv.0", "out_conv.2", "out_conv.4")
+            for kind in ("weight", "bias")
+        ],
+    ),
     "kmedoids": (dict(tokens=[25, 9], stages=(1, 3)), []),
 }
 every_method = pytest.mark.parametrize("method", METHODS)

@@ -5,7 +5,8 @@
 
 Ops: attention, attention_scores, match, match_merge, merge, topk, topk_gather, unmerge; for clusters: knn, medoids,
 nearest, pairwise_distance, separation. Each is also torch.ops.tokred.*.
-Models: apply, remove, trace; load_metr, exit_logits. Schedules and MACs: schedule. Backends: info, use_backend.
+Models: apply, remove, trace; load_metr, exit_logits; policy_logits. Schedules and MACs: schedule.
+Backends: info, use_backend.
 """
 
 import importlib
@@ -43,6 +44,7 @@ __all__ = [
     "merge",
     "nearest",
     "pairwise_distance",
+    "policy_logits",
     "remove",
     "schedule",
     "separation",
@@ -58,6 +60,7 @@ _LAZY = {
     "apply": "models.timm",
     "exit_logits": "models.metr",
     "load_metr": "models.metr",
+    "policy_logits": "models.dynamicvit",
     "remove": "models.timm",
 }
 

@@ -6,6 +6,7 @@ from ._method import Method
 from ._staged import BeforeBlock, Staged
 from .ats import ATS
 from .dpcknn import DPCKNN
+from .dynamicvit import DynamicViT
 from .evit import EViT
 from .kmedoids import KMedoids
 from .metr import METR
@@ -24,6 +25,7 @@ METHODS: dict[str, type[Method]] = {
     "evit": EViT,
     "metr": METR,
     "radial": Radial,
+    "dynamicvit": DynamicViT,
     "kmedoids": KMedoids,
     "dpcknn": DPCKNN,
     "sit": SiT,

@@ -6,8 +6,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from .. import _check, schedule
+from .. import schedule
 from ._clusters import farthest_first, ranked, to_assign
+from ._method import check_heads
 from ._staged import Staged
 
 UPDATES = ("textbook", "wttu")
@@ -62,11 +63,8 @@ class KMedoids(Staged):
 
     def check(self, model: nn.Module) -> None:
         super().check(model)
-        for block in model.blocks:
-            if not self.equal_weight and block.attn.head_dim > _check.MAX_WIDTH:
-                raise ValueError(
-                    f"{self._name()}: scores need heads of width {_check.MAX_WIDTH} at most, got {block.attn.head_dim}"
-                )
+        if not self.equal_weight:
+            check_heads(self._name(), model)
 
     def schedule(self, depth: int, patches: int) -> tuple[int, ...]:
         stages, share, tokens = self._plan

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ._learned import Soft
+from ._learned import Soft, over_patches
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,5 @@ class Queries(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [B, P, C] to clusters [B, M, C] and W [B, M, P]."""
         z = self.norm(x)
-        logits = self.queries @ z.mT * self.scale
-        W = logits.softmax(2, dtype=torch.promote_types(x.dtype, torch.float32))
+        W = over_patches(self.queries @ z.mT * self.scale)
         return W.to(z.dtype) @ z, W

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ._learned import Soft
+from ._learned import Soft, over_patches
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,5 @@ class Slimming(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [B, P, C] to clusters [B, M, C] and W [B, M, P]."""
-        logits = (self.weight(x) * self.scale).mT
-        W = logits.softmax(2, dtype=torch.promote_types(x.dtype, torch.float32))
+        W = over_patches((self.weight(x) * self.scale).mT)
         return W.to(x.dtype) @ x, W

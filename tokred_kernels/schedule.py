@@ -174,36 +174,25 @@ def selected(
 
 
 def tokens(
-    model: nn.Module, r: Removal | None = None, *, method: str | None = None, **options
+    model: nn.Module, r: Removal | float | None = None, *, method: str | None = None, **options
 ) -> list[tuple[int, int]]:
     """(tokens in attention, tokens in the MLP) of each block for one image of the model's input size.
 
     Args:
         model: a timm VisionTransformer, patched or not.
-        r: the schedule of ToMe.
-        method, options: another method, as `tokred_kernels.apply` takes it. Neither: the model as it is, patched or
+        r: the schedule of ToMe, or of `method`.
+        method, options: another method, as `tokred_kernels.apply` takes it. Nothing: the model as it is, patched or
             dense.
     """
-    depth, patches, prefix = _shape(model)
-    if r is not None:
-        return merged(removals(r, depth)[:depth], patches, prefix)
-    if method is not None:
-        from . import methods  # they import this module
-
-        chosen = methods.create(method, options)
-        chosen.check(model)
-        return chosen.counts(depth, patches, prefix)
-    if not hasattr(model, "tokred_method"):
-        return merged((0,) * depth, patches, prefix)
-    return model.tokred_method.counts(model.tokred_depth, patches, prefix)[:depth]  # blocks may have been pruned
+    return _counted(model, r, method, options)[0]
 
 
 def macs(model: nn.Module, r: Removal | None = None, *, method: str | None = None, **options) -> int:
     """Multiply-accumulates of one image: what papers print as "FLOPs".
 
     A block of width C, N_a tokens in attention and N_m in the MLP costs 4 N_a C^2 + 2 N_a^2 C + 8 N_m C^2 (with timm's
-    usual shapes); patch embedding, attention pooling and the classifier are added. Norms, softmax, activations, biases
-    and the reduction itself are not counted.
+    usual shapes), unless its method says otherwise; patch embedding, attention pooling and the classifier are added.
+    Norms, softmax, activations, biases and the reduction itself are not counted.
 
     Args:
         model, r, method, options: as in `tokens`.
@@ -211,14 +200,18 @@ def macs(model: nn.Module, r: Removal | None = None, *, method: str | None = Non
     Raises:
         ValueError: not a VisionTransformer, or one with a convolutional backbone before its tokens.
     """
-    counts = tokens(model, r, method=method, **options)
+    counts, of_block = _counted(model, r, method, options)
     total = _embedding_macs(model)
     for block, (n_attention, n_mlp) in zip(model.blocks, counts, strict=True):
-        attn = block.attn
-        total += n_attention * (_linear_macs(attn.qkv) + _linear_macs(attn.proj))
-        total += 2 * n_attention**2 * attn.num_heads * attn.head_dim
-        total += n_mlp * _linear_macs(block.mlp)
+        total += of_block(block, n_attention, n_mlp)
     return total + _head_macs(model, counts[-1][1] if counts else sum(_shape(model)[1:]))
+
+
+def block_macs(block: nn.Module, n_attention: int, n_mlp: int) -> int:
+    """Multiply-accumulates of a block whose attention sees n_attention tokens and its MLP n_mlp."""
+    attn = block.attn
+    projections = n_attention * (_linear_macs(attn.qkv) + _linear_macs(attn.proj))
+    return projections + 2 * n_attention**2 * attn.num_heads * attn.head_dim + n_mlp * _linear_macs(block.mlp)
 
 
 def r_for_macs(model: nn.Module, fraction: float, inflection: float = 0.0) -> int:
@@ -309,6 +302,23 @@ def r_for_speed(measure: Callable[[int], float], images_per_second: float, most:
         else:
             low = middle + 1
     return high
+
+
+def _counted(
+    model: nn.Module, r: Removal | None, method: str | None, options: dict
+) -> tuple[list[tuple[int, int]], Callable[[nn.Module, int, int], int]]:
+    """What `tokens` returns, and the MACs of a block given its entry."""
+    depth, patches, prefix = _shape(model)
+    if method is not None:
+        from . import methods  # they import this module
+
+        chosen = methods.create(method, options if r is None else {"r": r, **options})
+        chosen.check(model)
+        return chosen.counts(depth, patches, prefix), chosen.macs
+    if r is not None or not hasattr(model, "tokred_method"):
+        return merged(removals(r or 0, depth)[:depth], patches, prefix), block_macs
+    chosen = model.tokred_method
+    return chosen.counts(model.tokred_depth, patches, prefix)[:depth], chosen.macs  # blocks may have been pruned
 
 
 def _shape(model: nn.Module) -> tuple[int, int, int]:

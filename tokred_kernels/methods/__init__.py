@@ -9,6 +9,7 @@ from .dpcknn import DPCKNN
 from .dynamicvit import DynamicViT
 from .evit import EViT
 from .kmedoids import KMedoids
+from .mctf import MCTF
 from .metr import METR
 from .patchmerger import PatchMerger
 from .radial import Radial
@@ -24,6 +25,7 @@ METHODS: dict[str, type[Method]] = {
     "topk": TopK,
     "evit": EViT,
     "metr": METR,
+    "mctf": MCTF,
     "radial": Radial,
     "dynamicvit": DynamicViT,
     "kmedoids": KMedoids,

@@ -1,19 +1,21 @@
 """What a method is: the base of every class in this folder."""
 
+import operator
 from typing import ClassVar
 
 from torch import Tensor, nn
 
-from .. import _check
+from .. import _check, schedule
 
 
 class Method:
     """A frozen dataclass: its fields are the options, checked in __post_init__; it holds nothing of a forward.
 
     `block` in `step` is the model's block: `tokred_prefix`, the protected tokens in front; `tokred_part`, the method's
-    own module in this block, or None; `project(x)`, its queries, keys and values [B, H, N, D];
-    `attend(q, k, v, size, scores)`, its attention branch and the scores [B, N]; `branch(y)`, that
-    branch of what the heads give, [B, H, N, D]; `feed_forward(x)`, its MLP branch.
+    own module in this block, or None; `project(x)`, its queries, keys and values [B, H, N, D], also in two parts,
+    `project_queries_keys(x)` and `project_values(x)`; `attend(q, k, v, size, scores)`, its attention branch and the
+    scores [B, N], also in two parts, `heads`, what the heads give [B, H, N, D], and `branch(y)`, that branch of it;
+    `feed_forward(x)`, its MLP branch.
     Residuals are the method's to add.
     """
 
@@ -48,11 +50,32 @@ class Method:
         """
         raise NotImplementedError
 
+    def macs(self, block, n_attention: int, n_mlp: int) -> int:
+        """Multiply-accumulates of one block, from its `counts`."""
+        return schedule.block_macs(block, n_attention, n_mlp)
 
-def check_heads(name: str, model: nn.Module) -> None:
-    """Raises ValueError unless the ops take the model's heads."""
-    for block in model.blocks:
-        if block.attn.head_dim > _check.MAX_WIDTH:
-            raise ValueError(
-                f"{name}: scores need heads of width {_check.MAX_WIDTH} at most, got {block.attn.head_dim}"
-            )
+    def _name(self) -> str:
+        return type(self).__name__.lower()
+
+    def _refuse(self, expected: str, got: object) -> None:
+        raise ValueError(f"{self._name()}: {expected}, got {got!r}")
+
+    def _integer(self, option: str, value: object, least: int) -> None:
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            self._refuse(f"{option} must be an int of at least {least}", value)
+
+    def _integers(self, option: str, values: object, least: int) -> tuple[int, ...]:
+        try:
+            found = tuple(operator.index(value) for value in values)
+        except TypeError:
+            found = None
+        if found is None or any(isinstance(value, bool) or value < least for value in values):
+            self._refuse(f"{option} must be a list of ints of at least {least}", values)
+        return found
+
+    def _check_heads(self, model: nn.Module) -> None:
+        for block in model.blocks:
+            if block.attn.head_dim > _check.MAX_WIDTH:
+                raise ValueError(
+                    f"{self._name()}: scores need heads of width {_check.MAX_WIDTH} at most, got {block.attn.head_dim}"
+                )

@@ -1,7 +1,6 @@
 """Methods that reduce in a few blocks, their stages, to a number of patches known before the forward."""
 
 import itertools
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -71,25 +70,6 @@ class Staged(Method):
         """Whether there is a number of patches of which this block keeps fewer: whether it needs a learned part."""
         stages, share, _ = self._plan
         return block in stages and (share is None or share[stages.index(block)] != (1, 1))
-
-    def _name(self) -> str:
-        return type(self).__name__.lower()
-
-    def _refuse(self, expected: str, got: object) -> None:
-        raise ValueError(f"{self._name()}: {expected}, got {got!r}")
-
-    def _integer(self, option: str, value: object, least: int) -> None:
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            self._refuse(f"{option} must be an int of at least {least}", value)
-
-    def _integers(self, option: str, values: object, least: int) -> tuple[int, ...]:
-        try:
-            found = tuple(operator.index(value) for value in values)
-        except TypeError:
-            found = None
-        if found is None or any(isinstance(value, bool) or value < least for value in values):
-            self._refuse(f"{option} must be a list of ints of at least {least}", values)
-        return found
 
 
 class BeforeBlock(Staged):

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from ..models._attention import class_rows
-from ._method import check_heads
 from ._staged import Staged
 
 _ONE = 2**40  # shares in fixed point: their sums are exact, in any order, and so is the search for the nearest
@@ -47,7 +46,7 @@ class ATS(Staged):
         super().check(model)
         if not model.has_class_token:
             raise ValueError("ats: the model has no class token to score by")
-        check_heads(self._name(), model)
+        self._check_heads(model)
 
     def step(self, block, x: Tensor, size: Tensor | None, r: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
         q, k, v = block.project(x)

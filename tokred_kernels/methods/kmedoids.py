@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from .. import schedule
 from ._clusters import farthest_first, ranked, to_assign
-from ._method import check_heads
 from ._staged import Staged
 
 UPDATES = ("textbook", "wttu")
@@ -64,7 +63,7 @@ class KMedoids(Staged):
     def check(self, model: nn.Module) -> None:
         super().check(model)
         if not self.equal_weight:
-            check_heads(self._name(), model)
+            self._check_heads(model)
 
     def schedule(self, depth: int, patches: int) -> tuple[int, ...]:
         stages, share, tokens = self._plan

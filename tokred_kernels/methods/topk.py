@@ -5,7 +5,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ._method import check_heads
 from ._staged import Staged
 
 
@@ -48,7 +47,7 @@ class TopK(Staged):
         super().check(model)
         if self.scores == "cls" and not model.has_class_token:
             raise ValueError(f'{self._name()}: the model has no class token to score by; use scores="mean"')
-        check_heads(self._name(), model)
+        self._check_heads(model)
 
     def step(self, block, x: Tensor, size: Tensor | None, r: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
         assign = None

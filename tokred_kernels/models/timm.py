@@ -5,6 +5,7 @@ ordinary module. Sizes travel from block to block as values; nothing of a forwar
 """
 
 import torch
+import torch.nn.functional as F
 from timm.layers import AttentionPoolLatent
 from timm.models import checkpoint
 from timm.models._features import feature_take_indices
@@ -102,19 +103,41 @@ class ReducedBlock(Block):
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values [B, H, N, D], views of one projection."""
-        attn = self.attn
-        B, N, _ = x.shape
-        qkv = attn.qkv(self.norm1(x)).reshape(B, N, 3, attn.num_heads, attn.head_dim)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        return attn.q_norm(q), attn.k_norm(k), v
+        q, k, v = self._heads(self.attn.qkv(self.norm1(x)))
+        return self.attn.q_norm(q), self.attn.k_norm(k), v
+
+    def project_queries_keys(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The first two of `project`, without the cost of the third."""
+        q, k = self._heads(self._part_of_qkv(x, slice(0, 2 * self.attn.attn_dim)))
+        return self.attn.q_norm(q), self.attn.k_norm(k)
+
+    def project_values(self, x: Tensor) -> Tensor:
+        """The third of `project` alone."""
+        return self._heads(self._part_of_qkv(x, slice(2 * self.attn.attn_dim, None)))[0]
+
+    def _part_of_qkv(self, x: Tensor, rows: slice) -> Tensor:
+        qkv = self.attn.qkv
+        return F.linear(self.norm1(x), qkv.weight[rows], None if qkv.bias is None else qkv.bias[rows])
+
+    def _heads(self, y: Tensor) -> tuple[Tensor, ...]:
+        """[B, N, n H D] to n views [B, H, N, D]."""
+        B, N, width = y.shape
+        H, D = self.attn.num_heads, self.attn.head_dim
+        return y.reshape(B, N, width // (H * D), H, D).permute(2, 0, 3, 1, 4).unbind(0)
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, size: Tensor | None = None, scores: str = "none"
     ) -> tuple[Tensor, Tensor | None]:
         """The attention branch [B, N, C], each key counted size times, and the scores [B, N]."""
-        attn = self.attn
-        y, emitted = attend(q, k, v, size, scores=scores, dropout=attn.attn_drop.p if self.training else 0.0)
+        y, emitted = self.heads(q, k, v, size, scores)
         return self.branch(y), emitted
+
+    def heads(
+        self, q: Tensor, k: Tensor, v: Tensor, size: Tensor | None = None, scores: str = "none"
+    ) -> tuple[Tensor, Tensor | None]:
+        """What the heads give, [B, H, N, D] stored [B, N, H, D], and the scores: `attend` before its `branch`."""
+        dropout = self.attn.attn_drop.p if self.training else 0.0
+        return attend(q, k, v, size, scores=scores, dropout=dropout)
 
     def branch(self, y: Tensor) -> Tensor:
         """The attention branch [B, N, C] of what the heads give, [B, H, N, D]."""

@@ -18,6 +18,7 @@ from torch.library import Library
 
 from . import reference
 
+CLUSTERING = ("pairwise_distance", "knn", "separation", "nearest", "medoids")
 OPS = (
     "match",
     "merge",
@@ -28,13 +29,9 @@ OPS = (
     "attention_scores",
     "topk",
     "topk_gather",
-    "pairwise_distance",
-    "knn",
-    "separation",
-    "nearest",
-    "medoids",
+    *CLUSTERING,
 )
-TRITON_ONLY = ("attention_backward",)  # no CUDA C++ form
+TRITON_ONLY = ("attention_backward", *CLUSTERING)  # no CUDA C++ form
 BACKENDS = ("reference", "cpu", "cuda", "triton")
 
 # What runs the attention of a patched block on each type of device: "tokred", our op, or "sdpa", torch's, with log size

@@ -1,4 +1,4 @@
-"""knn: the nearest neighbours of every token. Kernels: clusters in csrc/cpu and triton."""
+"""knn: the nearest neighbours of every token. Kernels: knn in csrc/cpu and triton."""
 
 import torch
 from torch import Tensor

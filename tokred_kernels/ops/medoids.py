@@ -1,4 +1,4 @@
-"""medoids: moves the centre of every cluster to its best member. Kernels: clusters in csrc/cpu and triton."""
+"""medoids: moves the centre of every cluster to its best member. Kernels: medoids in csrc/cpu and triton."""
 
 import torch
 from torch import Tensor
@@ -27,8 +27,9 @@ def medoids(distance: Tensor, label: Tensor, centres: Tensor, weight: Tensor, *,
     Returns:
         centres [B, K] int32.
 
-    Order: a lower cost first, then the lower index; -0 ties with +0, NaN counts as +inf. Costs are float32 (float64 if
-    distance is) and added in a fixed order, so that members with equal rows and weights tie. No gradient.
+    Order: a lower cost first, then the lower index; -0 ties with +0, NaN counts as +inf. Products are float32 (float64
+    if distance is), their sum is float64 and rounded to that, so that members with equal rows and weights tie. No
+    gradient.
 
     Raises:
         RuntimeError: wrong rank, dtype, device, layout or shape, unknown update.

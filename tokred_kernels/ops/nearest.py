@@ -1,4 +1,4 @@
-"""nearest: assigns every token to its nearest centre. Kernels: clusters in csrc/cpu and triton."""
+"""nearest: assigns every token to its nearest centre. Kernels: nearest in csrc/cpu and triton."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""pairwise_distance: all Euclidean distances of an image. Kernels: clusters in csrc/cpu and triton."""
+"""pairwise_distance: all Euclidean distances of an image. Kernels: pairwise_distance in csrc/cpu and triton."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""separation: how far the next denser token is. Kernels: clusters in csrc/cpu and triton."""
+"""separation: how far the next denser token is. Kernels: separation in csrc/cpu and triton."""
 
 import torch
 from torch import Tensor

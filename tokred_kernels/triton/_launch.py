@@ -15,14 +15,14 @@ def refuse_float64(op: str, argument: str, t: Tensor) -> None:
         _check._fail(op, argument, "float32, float16 or bfloat16 on a CUDA device", "float64")
 
 
-def refuse_stray_rows(op: str, assign: Tensor, m: int) -> None:
-    """Under TOKRED_DEBUG=1 an assign value that is neither a row nor -1 is an error (and the check a host sync)."""
+def refuse_stray_rows(op: str, rows: Tensor, end: int, argument: str = "assign", letter: str = "m") -> None:
+    """Under TOKRED_DEBUG=1 a value that is neither a row nor -1 is an error (and the check a host sync)."""
     if not _DEBUG:
         return
-    stray = assign[(assign < -1) | (assign >= m)]
+    stray = rows[(rows < -1) | (rows >= end)]
     if stray.numel():
-        expected = f"in [-1, m) = [-1, {m}) under TOKRED_DEBUG=1"
-        _check._fail(op, "assign", expected, str(stray[0].item()))
+        expected = f"in [-1, {letter}) = [-1, {end}) under TOKRED_DEBUG=1"
+        _check._fail(op, argument, expected, str(stray[0].item()))
 
 
 def inner_contiguous(t: Tensor) -> Tensor:

@@ -175,7 +175,8 @@ class _Reduced:
         if kind not in ("avg", "avgmax", "attention") and not (kind == "max" and method.masks):
             return super().pool(x, pool_type)
         if size is None:
-            if method.sized and any(self._schedule(x)) and (method.masks or not self._is_full(x)):
+            weighs = method.sized or (method.trains_size and self.training)
+            if weighs and any(self._schedule(x)) and (method.masks or not self._is_full(x)):
                 raise ValueError(
                     f"forward_head: {kind} pooling must weigh reduced tokens by their size, which forward_features "
                     "does not return; call the model, or pass size="

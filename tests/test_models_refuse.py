@@ -112,8 +112,20 @@ def test_what_is_not_understood_is_refused_and_left_alone(name):
 S = dict(stages=(1, 2))
 BAD_OPTIONS = {
     "unknown method": (dict(method="tomato", r=1), f"apply: unknown method 'tomato'; there is {', '.join(METHODS)}"),
-    "unknown option": (dict(r=1, keep_rate=0.5), "apply: tome has no option 'keep_rate'; it takes r, prop_attn"),
-    "no r": (dict(), "apply: tome needs the option r="),
+    "unknown option": (
+        dict(r=1, scores="cls"),
+        "apply: tome has no option 'scores'; it takes keep_rate, stages, rule, tokens, r, prop_attn",
+    ),
+    "no r": (dict(), "tome: give one of r=, keep_rate= and tokens="),
+    "r and a rate": (dict(r=1, keep_rate=0.5), "tome: give one of r=, keep_rate= and tokens="),
+    "r at stages": (
+        dict(r=1, stages=(1,)),
+        "tome: stages= and rule= go with keep_rate= and tokens=; r= may be a list, one int a block",
+    ),
+    "stages of tome too deep": (
+        dict(keep_rate=0.5),
+        "tome: stages must be below 4, the number of blocks, got (3, 6, 9)",
+    ),
     "negative": (dict(r=-1), "tome: r must be at least 0, got -1"),
     "negative entry": (dict(r=[3, -1]), "tome: r must be at least 0, got [3, -1]"),
     "negative with inflection": (dict(r=(-3, 0.5)), "tome: r must be at least 0, got (-3, 0.5)"),

@@ -70,6 +70,80 @@ def test_agrees_with_the_float64_oracle(name, prop_attn):
         torch.testing.assert_close(got.double(), want, rtol=tolerance, atol=tolerance * want.abs().max().item())
 
 
+@pytest.mark.parametrize("name", ["deit", "distilled", "gap", "cls-reg9", "qk_norm", "no-prefix", "siglip-map"])
+@pytest.mark.parametrize("tokens", [[20, 9], [9, 2], [3, 1], [36, 1]], ids=str)
+def test_stages_merge_in_rounds_until_their_count_is_reached(name, tokens):
+    model = tiny(name)
+    p = model.num_prefix_tokens
+    removed = [0, 36 - tokens[0], 0, tokens[0] - tokens[1]]
+    want, source, clear = vits.tome_oracle(model, images(), removed, rounds=6)
+    assert clear, "the seed leaves a choice to rounding"
+    for dtype, tolerance in ((torch.float64, 1e-11), (torch.float32, 3e-5)):
+        patched = tokred.apply(copy.deepcopy(model).to(dtype), "tome", tokens=tokens, stages=(1, 3))
+        with torch.no_grad(), tokred.trace(patched) as t:
+            got = patched(images().to(dtype))
+        assert torch.equal(t.source.long(), source)
+        assert t.tokens == [p + 36] * 2 + [p + tokens[0]] * 2 + [p + tokens[1]]
+        torch.testing.assert_close(got.double(), want, rtol=tolerance, atol=tolerance * want.abs().max().item())
+
+
+def test_stages_where_half_is_enough_merge_as_the_same_r_does():
+    x = images()
+    for options in (dict(keep_rate=[0.7, 0.5], stages=(0, 2)), dict(tokens=[25, 18], stages=(0, 2))):
+        staged = tokred.apply(tiny("gap"), "tome", **options)
+        with torch.no_grad():
+            assert torch.equal(staged(x), tokred.apply(tiny("gap"), "tome", r=[11, 0, 7, 0])(x))
+
+
+@pytest.mark.parametrize("name", ["deit", "gap"])
+def test_a_keep_rate_of_1_is_timm_bit_for_bit(name):
+    model = tiny(name)
+    assert_same_forward(tokred.apply(copy.deepcopy(model), "tome", keep_rate=1, stages=(1, 3)), model, images())
+
+
+@pytest.mark.parametrize(
+    ("keep_rate", "kept", "macs"),
+    [(0.9, [176, 158, 142], 3.96), (0.7, [137, 96, 67], 2.98), (0.5, [98, 49, 24], 2.28), (0.25, [49, 12, 3], 1.70)],
+)
+def test_stages_of_deit_reach_every_published_count(keep_rate, kept, macs):
+    with torch.device("meta"):
+        model = timm.create_model("deit_small_patch16_224")
+    counts = tokred.schedule.tokens(model, method="tome", keep_rate=keep_rate)
+    assert [after for _, after in counts] == [197] * 3 + [n + 1 for n in kept for _ in range(3)]
+    assert round(tokred.schedule.macs(model, method="tome", keep_rate=keep_rate) / 1e9, 2) == macs
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rounds_of_half_models_compare_merged_keys_in_float32(dtype, monkeypatch):
+    model, seen = tokred.apply(tiny("deit"), "tome", tokens=[4], stages=(1,)).to(dtype), []
+    match = torch.ops.tokred.match
+    monkeypatch.setattr(torch.ops.tokred, "match", lambda k, *a: (seen.append(k.dtype), match(k, *a))[1])
+    with torch.no_grad():
+        assert model(images().to(dtype)).isfinite().all()
+    assert seen == [dtype] + [torch.float32] * 3  # 36, 18, 9, 5, 4
+
+
+def test_rounds_compile_and_train():
+    model = tokred.apply(tiny("gap", depth=2), "tome", tokens=[5], stages=(1,))
+    torch._dynamo.reset()
+    with torch.no_grad():
+        assert torch.equal(torch.compile(model, backend="eager", fullgraph=True)(images()), model(images()))
+    model.train()(images()).square().sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["gap", "gap-reg4-nocls", "deit"])
+def test_average_pooling_divides_by_the_patches_there_were(name):
+    """As in MAE: the sum of size x over the patches, by their number in the image, then fc_norm."""
+    model = tiny(name, global_pool="avg", fc_norm=True)
+    tokred.apply(model, "tome", r=6)
+    p = model.num_prefix_tokens
+    with torch.no_grad():
+        x, size = model._reduce(images(), None, False)
+        want = model.head(model.fc_norm((x * size[..., None])[:, p:].sum(1) / 36))
+        torch.testing.assert_close(model(images()), want)
+
+
 @settings(deadline=None, max_examples=25)
 @given(
     st.lists(st.integers(0, 20), min_size=4, max_size=4),

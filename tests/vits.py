@@ -98,8 +98,11 @@ def assert_same_forward(model: nn.Module, reference: nn.Module, x: Tensor) -> No
         assert all(torch.equal(a, b) for a, b in zip(got[1], want[1], strict=True))
 
 
-def tome_oracle(model: nn.Module, x: Tensor, removed, prop_attn: bool = True):
+def tome_oracle(model: nn.Module, x: Tensor, removed, prop_attn: bool = True, rounds: int = 1):
     """ToMe in float64 with explicit attention and plain loops, from the weights of an unpatched model.
+
+    Args:
+        rounds: how often a block may match again what it has merged, to remove more than half of its patches.
 
     Returns:
         (logits, source [B, N0], whether every choice was decided by more than 1e-5, above what a float32 model rounds).
@@ -108,29 +111,32 @@ def tome_oracle(model: nn.Module, x: Tensor, removed, prop_attn: bool = True):
     p = model.num_prefix_tokens
     with torch.no_grad():
         x = model.norm_pre(model._pos_embed(model.patch_embed(x.double())))
-        results = [_one_image(model, one, removed, p, prop_attn) for one in x]
+        results = [_one_image(model, one, removed, p, prop_attn, rounds) for one in x]
         rows, sizes, source, clear = zip(*results, strict=True)
         rows, sizes = model.norm(torch.stack(rows)), torch.stack(sizes)
         return _head(model, rows, sizes), torch.stack(source), all(clear)
 
 
-def _one_image(model, x: Tensor, removed, p: int, prop_attn: bool):
+def _one_image(model, x: Tensor, removed, p: int, prop_attn: bool, rounds: int):
     size = torch.ones(len(x), dtype=torch.float64)
     source = torch.arange(len(x))
     clear = True
     for block, r in zip(model.blocks, removed, strict=True):
         y, k, _ = _attention(block, x, size if prop_attn else torch.ones_like(size))
         x = x + y
-        r = max(0, min(r, (len(x) - p) // 2))
-        if r:
-            score, a, b = oracle.edge_scores(k, p)
-            clear = clear and oracle.decided(score, a, b, r, 1e-5)
-            row = torch.from_numpy(oracle.match_image(score, len(x), p, r))
-            member = torch.zeros(len(x) - r, len(x), dtype=torch.float64)
-            member[row, torch.arange(len(x))] = size
-            size = member.sum(1)
-            x = member @ x / size[:, None]
-            source = row[source]
+        keys = k.mean(0)
+        for _ in range(rounds):
+            now = max(0, min(r, (len(x) - p) // 2))
+            if now:
+                score, a, b = oracle.edge_scores(keys, p)
+                clear = clear and oracle.decided(score, a, b, now, 1e-5)
+                row = torch.from_numpy(oracle.match_image(score, len(x), p, now))
+                member = torch.zeros(len(x) - now, len(x), dtype=torch.float64)
+                member[row, torch.arange(len(x))] = size
+                size = member.sum(1)
+                x, keys = member @ x / size[:, None], member @ keys / size[:, None]
+                source = row[source]
+            r -= now
         x = x + block.ls2(block.mlp(block.norm2(x)))
     return x, size, source, clear
 

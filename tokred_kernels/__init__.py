@@ -6,7 +6,7 @@
 Ops: attention, attention_scores, match, match_merge, merge, topk, topk_gather, unmerge; for clusters: knn, medoids,
 nearest, pairwise_distance, separation. Each is also torch.ops.tokred.*.
 Models: apply, remove, trace; load_metr, exit_logits; policy_logits. Schedules and MACs: schedule.
-Backends: info, use_backend.
+Fixed and random partitions beside match: partition. Backends: info, use_backend.
 """
 
 import importlib
@@ -44,6 +44,7 @@ __all__ = [
     "merge",
     "nearest",
     "pairwise_distance",
+    "partition",
     "policy_logits",
     "remove",
     "schedule",
@@ -66,8 +67,8 @@ _LAZY = {
 
 
 def __getattr__(name: str):
-    if name == "schedule":
-        return importlib.import_module(".schedule", __name__)
+    if name in ("partition", "schedule"):
+        return importlib.import_module(f".{name}", __name__)
     if name in _LAZY:
         return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -41,8 +41,12 @@ def build(model: nn.Module, method: str, **options) -> dict[str, nn.Module]:
     }
     removed = chosen.schedule(len(counts), model.patch_embed.num_patches)[: len(counts)]
     selection = {"scores": chosen.scores, "fuse": chosen.fusion} if isinstance(chosen, TopK) else {}
+    # The plain form of ToMe merges once a block.
+    once = (
+        method != "tome" or schedule.merged(removed, model.patch_embed.num_patches, model.num_prefix_tokens) == counts
+    )
     with contextlib.suppress(ValueError):  # a method or head without a plain form: the table does without
-        for attention in ("sdpa", "explicit"):
+        for attention in ("sdpa", "explicit") if once else ():
             variants[f"plain_{attention}"] = plain_model(
                 model, removed, method=method, attention=attention, **selection
             )

@@ -4,15 +4,16 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .. import schedule
-from ._method import Method
+from ..trace import compose
+from ._staged import Staged
 
 
 @dataclass(frozen=True)
-class ToMe(Method):
+class ToMe(Staged):
     """Token merging, for any trained model, without training.
 
     In every block, after attention, each of the r patches at even positions with the best edges merges into its most
@@ -22,33 +23,53 @@ class ToMe(Method):
 
         softmax(q k^T D^-1/2 + log size) v
 
-    Source: Bolya et al., "Token Merging: Your ViT But Faster", ICLR 2023.
+    With keep_rate or tokens it merges in a few stages, down to their counts. Where more than half of the patches have
+    to go, it takes several rounds, each over what the one before left, with merged keys.
+    Source: Bolya et al., "Token Merging: Your ViT But Faster", ICLR 2023; Haurum et al., "Which Tokens to Use?", ICCVW
+    2023 (stages, where the published code stops at half).
 
     Options:
         r: patches to merge: an int, the same for every block; (int, inflection); or a list of ints, one a block. See
             `tokred_kernels.schedule.removals`. At most half of a block's patches merge.
+        keep_rate, stages, rule, tokens: instead of r, those of `tokred_kernels.methods.Staged`.
         prop_attn: attention counts sizes. False for models trained without it, such as off-the-shelf MAE.
 
     Raises:
-        ValueError: r is negative or malformed, or its inflection is outside [-1, 1].
+        ValueError: r is negative or malformed, or its inflection is outside [-1, 1]; or as Staged; not one of r,
+            keep_rate and tokens.
     """
 
-    r: schedule.Removal
+    r: schedule.Removal | None = None
     prop_attn: bool = True
 
     sized: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        if sum(option is not None for option in (self.r, self.keep_rate, self.tokens)) != 1:
+            raise ValueError("tome: give one of r=, keep_rate= and tokens=")
+        if not isinstance(self.prop_attn, bool):
+            self._refuse("prop_attn must be True or False", self.prop_attn)
+        if self.r is None:
+            super().__post_init__()
+            return
+        if self.stages != ToMe.stages or self.rule != ToMe.rule:
+            raise ValueError(
+                "tome: stages= and rule= go with keep_rate= and tokens=; r= may be a list, one int a block"
+            )
         object.__setattr__(self, "r", schedule.plain(self.r))
         if min(schedule.removals(self.r, 1), default=0) < 0:
-            raise ValueError(f"tome: r must be at least 0, got {self.r!r}")
-        if not isinstance(self.prop_attn, bool):
-            raise ValueError(f"tome: prop_attn must be True or False, got {self.prop_attn!r}")
+            self._refuse("r must be at least 0", self.r)
+
+    def check(self, model: nn.Module) -> None:
+        if self.r is None:
+            super().check(model)
 
     def schedule(self, depth: int, patches: int) -> tuple[int, ...]:
-        return schedule.removals(self.r, depth)
+        return super().schedule(depth, patches) if self.r is None else schedule.removals(self.r, depth)
 
     def counts(self, depth: int, patches: int, prefix: int) -> list[tuple[int, int]]:
+        if self.r is None:
+            return super().counts(depth, patches, prefix)
         return schedule.merged(self.schedule(depth, patches)[:depth], patches, prefix)
 
     def step(self, block, x: Tensor, size: Tensor | None, r: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -59,9 +80,23 @@ class ToMe(Method):
         if reduces:
             # Before the attention, while the keys are in the cache: on a CPU that is worth more than merging in the
             # same pass, 1 to 2 % of the model.
-            assign = torch.ops.tokred.match(k, r, block.tokred_prefix)
+            assign, m = self._match(k, size, r, block.tokred_prefix)
         x = x + block.attend(q, k, v, size if self.prop_attn else None)[0]
         if reduces:
-            N = x.shape[1]
-            x, size = torch.ops.tokred.merge(x, assign, N - max(0, min(r, (N - block.tokred_prefix) // 2)), size)
+            x, size = torch.ops.tokred.merge(x, assign, m, size)
         return x + block.feed_forward(x), size, assign
+
+    def _match(self, k: Tensor, size: Tensor | None, r: int, prefix: int) -> tuple[Tensor, int]:
+        """assign [B, N] for keys [B, H, N, D], and M."""
+        N = k.shape[2]
+        assign = torch.ops.tokred.match(k, r, prefix)
+        left = N - max(0, min(r, (N - prefix) // 2))
+        if self.r is not None or left == N - r:
+            return assign, left
+        metric, last = k.to(torch.promote_types(k.dtype, torch.float32)).mean(1), assign
+        while left > N - r:
+            metric, size = torch.ops.tokred.merge(metric, last, left, size)
+            last = torch.ops.tokred.match(metric, left - (N - r), prefix)
+            assign = compose(assign, last)
+            left -= min(left - (N - r), (left - prefix) // 2)
+        return assign, left

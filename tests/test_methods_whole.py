@@ -11,29 +11,38 @@ from vits import assert_one_image_alone, assert_same_forward, images, randomised
 
 import tokred_kernels as tokred
 
-METHODS = {  # options, the names of the part's parameters
-    "sit": (
-        dict(tokens=[25, 9], stages=(1, 3)),
-        ["scale", *(f"weight.{i}.{kind}" for i in (0, 1, 3) for kind in ("weight", "bias"))],
-    ),
-    "patchmerger": (dict(tokens=[25, 9], stages=(1, 3)), ["queries", "norm.weight", "norm.bias"]),
-    "sinkhorn": (dict(tokens=[25, 9], stages=(1, 3)), ["v"]),
-    "dpcknn": (dict(tokens=[25, 9], stages=(1, 3)), ["score.weight", "score.bias"]),
-    "dynamicvit": (
-        dict(tokens=[25, 9], stages=(1, 3)),
-        [
-            f"{layer}.{kind}"
-            for layer in ("in_conv.0", "in_conv.1", "out_conv.0", "out_conv.2", "out_conv.4")
-            for kind in ("weight", "bias")
-        ],
-    ),
-    "kmedoids": (dict(tokens=[25, 9], stages=(1, 3)), []),
+D = 32
+METHODS = {  # the parameters of a part that leaves M patches: names and shapes of published checkpoints
+    "sit": lambda M: {
+        "scale": (1, 1, 1),
+        **_layer("weight.0", D),
+        **_layer("weight.1", D // 2, D),
+        **_layer("weight.3", M, D // 2),
+    },
+    "patchmerger": lambda M: {"queries": (M, D), **_layer("norm", D)},
+    "sinkhorn": lambda M: {"v": (M, D)},
+    "dpcknn": lambda M: _layer("score", 1, D),
+    "dynamicvit": lambda M: {
+        **_layer("in_conv.0", D),
+        **_layer("in_conv.1", D, D),
+        **_layer("out_conv.0", D // 2, D),
+        **_layer("out_conv.2", D // 4, D // 2),
+        **_layer("out_conv.4", 2, D // 4),
+    },
+    "kmedoids": lambda M: {},
 }
+OPTIONS = dict(tokens=[25, 9], stages=(1, 3))
+
+
+def _layer(name, *shape):
+    return {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+
+
 every_method = pytest.mark.parametrize("method", METHODS)
 
 
 def patched(method, name="deit", dtype=torch.float32, **options):
-    model = tokred.apply(tiny(name, **options), method, **METHODS[method][0])
+    model = tokred.apply(tiny(name, **options), method, **OPTIONS)
     for index, block in enumerate(model.blocks):
         if block.tokred_part is not None:
             randomised(block.tokred_part, seed=index)
@@ -56,19 +65,38 @@ def test_keeping_everything_is_timm_bit_for_bit(method, name):
 
 @every_method
 def test_state_dict_names_and_round_trip(method):
-    dense = tiny("deit")
     model = patched(method)
-    names = METHODS[method][1]
-    assert set(model.state_dict()) == {
-        *dense.state_dict(),
-        *(f"blocks.{b}.tokred_part.{n}" for b in (1, 3) for n in names),
-    }
+    want = {name: tuple(t.shape) for name, t in tiny("deit").state_dict().items()}
+    for block, M in ((1, 25), (3, 9)):
+        want |= {f"blocks.{block}.tokred_part.{name}": shape for name, shape in METHODS[method](M).items()}
+    assert {name: tuple(t.shape) for name, t in model.state_dict().items()} == want
     buffer = io.BytesIO()
     torch.save(model.state_dict(), buffer)
     buffer.seek(0)
-    other = tokred.apply(tiny("deit", seed=7), method, **METHODS[method][0])
+    other = tokred.apply(tiny("deit", seed=7), method, **OPTIONS)
     other.load_state_dict(torch.load(buffer))
     assert torch.equal(run(other), run(model))
+
+
+@every_method
+def test_parts_start_as_published_and_follow_the_model(method):
+    """Linear layers N(0, 0.02^2), queries and centres N(0, 1), the rest as torch has it."""
+    torch.manual_seed(0)
+    model = tokred.apply(
+        tiny("deit", depth=12, embed_dim=192).half(), method, keep_rate=0.7, stages=range(3, 11)
+    ).eval()
+    found = {"linear": [], "normal": []}
+    for name, parameter in model.named_parameters():
+        assert parameter.dtype == torch.float16 and parameter.requires_grad
+        if "tokred_part" in name and parameter.dim() == 2:
+            found["normal" if name.endswith((".queries", ".v")) else "linear"].append(parameter.flatten())
+        elif "tokred_part" in name:
+            assert (parameter == (0 if name.endswith("bias") else 1)).all(), name
+    assert not any(module.training for module in model.modules())
+    for kind, std in (("linear", 0.02), ("normal", 1.0)):
+        if found[kind]:
+            values = torch.cat(found[kind]).float()
+            assert abs(values.std() / std - 1) < 0.1 and abs(values.mean() / std) < 0.1
 
 
 @every_method
@@ -81,7 +109,7 @@ def test_remove_takes_the_parts_away_and_copies_live_apart(method):
     assert list(other.state_dict()) == list(dense.state_dict())
     assert all(set(vars(a)) == set(vars(b)) for a, b in zip(other.modules(), dense.modules(), strict=True))
     assert torch.equal(run(other), run(dense)) and torch.equal(run(model), want)
-    tokred.apply(other, method, **METHODS[method][0]).load_state_dict(model.state_dict())
+    tokred.apply(other, method, **OPTIONS).load_state_dict(model.state_dict())
     assert torch.equal(run(other), want)
 
 

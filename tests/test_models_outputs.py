@@ -122,3 +122,13 @@ def test_forward_head_alone_is_refused_where_the_full_count_is_unknown():
         assert features.shape[1] == model.patch_embed.num_patches
         with pytest.raises(ValueError, match="pass size="):
             model.forward_head(features)
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("tome", dict(tokens=[9], stages=(1,))), ("mctf", dict(r=100)), ("ats", dict(tokens=[9], stages=(1,)))],
+)
+def test_a_head_without_sizes_refuses_tokens_too_few_to_be_reduced_again(method, options):
+    model = tokred.apply(tiny("avgmax"), method, **options)
+    with torch.no_grad(), pytest.raises(ValueError, match="must weigh reduced tokens by their size"):
+        model.forward_head(model.forward_features(images()))

@@ -176,7 +176,7 @@ class _Reduced:
             return super().pool(x, pool_type)
         if size is None:
             weighs = method.sized or (method.trains_size and self.training)
-            if weighs and any(self._schedule(x)) and (method.masks or not self._is_full(x)):
+            if weighs and self._reduces(x) and (method.masks or not self._is_full(x)):
                 raise ValueError(
                     f"forward_head: {kind} pooling must weigh reduced tokens by their size, which forward_features "
                     "does not return; call the model, or pass size="
@@ -268,6 +268,13 @@ class _Reduced:
         for block, r in zip(self.blocks, self._schedule(x), strict=True):
             x, size = self._run(block, x, size, r)
         return self.norm(x), size
+
+    def _reduces(self, x: Tensor) -> bool:
+        """Whether the images of features x lost tokens. By their full number of patches, where it is one for all
+        images: what is left may be few enough to be left alone."""
+        fixed = not self.dynamic_img_size and isinstance(self.patch_drop, nn.Identity)
+        patches = self.patch_embed.num_patches if fixed else x.shape[1] - self.num_prefix_tokens
+        return any(self.tokred_method.schedule(self.tokred_depth, patches)[: len(self.blocks)])
 
     def _is_full(self, x: Tensor) -> bool:
         """Whether x is certain to hold every token: only where images have one size is the full count known."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.library import Library
 
-from tokred_kernels import reference
+from tokred_kernels import reference, reference_clusters
 from tokred_kernels.cli import agreement, main
 
 MODEL = "test_vit"  # timm's smallest: 6 blocks of 100 patches, width 64
@@ -78,6 +78,90 @@ def test_wrong_kernel_is_caught_and_nothing_is_timed(op, bug, tmp_path, capsys):
     record = json.loads(saved.read_text())
     assert "timing" not in record
     assert record["agreement"]["wrong"] > 0
+
+
+def _two_way_as_one_way(metric, r, prefix=1, weight=None, *, power=1.0, two_way=False):
+    return reference.match(metric, r, prefix, weight, power=power)
+
+
+def _forgets_the_weight(metric, r, prefix=1, weight=None, *, power=1.0, two_way=False):
+    return reference.match(metric, r, prefix, power=power, two_way=two_way)
+
+
+def _by_products(x, *, scale=1.0):
+    """|x|^2 + |y|^2 - 2 x y cancels."""
+    square = x.square().sum(2)
+    return scale * (square[:, :, None] + square[:, None] - 2 * x @ x.mT).clamp(min=0).sqrt()
+
+
+def _nearest_of_the_last(distance, centres, *, pin=False):
+    return reference_clusters.nearest(distance, centres[:, 1:], pin=pin)
+
+
+def _medoids_do_not_move(distance, label, centres, weight, *, update="textbook"):
+    return centres.clone()
+
+
+def _sees_one_too_few(distance, k):
+    values, indices = reference_clusters.knn(distance, k)
+    return values.roll(1, 2), indices
+
+
+def _denser_or_equal(distance, density):
+    return reference_clusters.separation(distance, -density)
+
+
+class TestStepChecker:
+    """Every op that it checks, right and with a planted bug."""
+
+    def calls(self):
+        generator = torch.Generator().manual_seed(0)
+        x = 3 + torch.randn(2, 40, 16, generator=generator)
+        weight = torch.rand(2, 40, generator=generator)
+        distance = reference_clusters.pairwise_distance(x)
+        centres = torch.arange(0, 40, 5, dtype=torch.int32).repeat(2, 1)
+        label = reference_clusters.nearest(distance, centres)
+        ops = torch.ops.tokred
+        return {
+            "match": lambda: ops.match(x, 9, 1, weight, power=1.0, two_way=True),
+            "pairwise_distance": lambda: ops.pairwise_distance(x, scale=0.25),
+            "knn": lambda: ops.knn(distance, 5),
+            "separation": lambda: ops.separation(distance, weight),
+            "nearest": lambda: ops.nearest(distance, centres, pin=True),
+            "medoids": lambda: ops.medoids(distance, label, centres, weight),
+        }
+
+    @pytest.mark.parametrize(
+        ("op", "bug"),
+        [
+            ("match", _two_way_as_one_way),
+            ("match", _forgets_the_weight),
+            ("pairwise_distance", _by_products),
+            ("knn", _sees_one_too_few),
+            ("separation", _denser_or_equal),
+            ("nearest", _nearest_of_the_last),
+            ("medoids", _medoids_do_not_move),
+        ],
+    )
+    def test_passes_what_is_right_and_catches_what_is_wrong(self, op, bug):
+        call = self.calls()[op]
+        with agreement.StepChecker() as checker:
+            call()
+        assert checker.check.passed(torch.float32)
+        override = Library("tokred", "IMPL")
+        override.impl(op, bug, "CPU", allow_override=True)
+        try:
+            with agreement.StepChecker() as checker:
+                call()
+        finally:
+            override._destroy()
+        assert not checker.check.passed(torch.float32)
+
+    def test_a_near_tie_excuses_its_image_in_both_directions(self):
+        metric = torch.randn(2, 40, 16, generator=torch.Generator().manual_seed(1))
+        assert not agreement.undecided(metric, 9).any()
+        metric[1, 2::2] = metric[1, 2]  # any of a may go first
+        assert agreement.undecided(metric, 9).tolist() == [False, True]
 
 
 def test_cosine_of_equal_rows_is_one_also_of_zeros():

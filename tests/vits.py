@@ -1,6 +1,7 @@
 """Small timm models with every feature that token reduction must honour, and float64 oracles of the methods in them."""
 
 import copy
+import dataclasses
 from functools import partial
 
 import numpy as np
@@ -12,6 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import tokred_kernels as tokred
+from tokred_kernels import methods
 
 SMALL = dict(img_size=48, embed_dim=32, depth=4, num_heads=2, num_classes=7)  # 9 patches of 16 x 16
 _vit = partial(VisionTransformer, patch_size=8, **SMALL)  # 36 patches
@@ -69,21 +71,56 @@ def images(batch: int = 2, side: int = 48, seed: int = 1) -> Tensor:
     return torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(seed))
 
 
-# Each method with options that reduce these models of four blocks.
-METHODS = {
+# Each method with options that reduce these models of four blocks; one that is not named keeps 0.7 in two stages.
+_OPTIONS = {
     "tome": dict(r=5),
-    "topk": dict(keep_rate=0.7, stages=(1, 3)),
+    "mctf": dict(r=5, stages=(1, 3)),
     "evit": dict(keep_rate=0.7, stages=(0, 2)),
     "metr": dict(tokens=[30, 30, 18, 5]),
 }
+METHODS = {name: _OPTIONS.get(name, dict(keep_rate=0.7, stages=(1, 3))) for name in methods.METHODS}
+LEAST = {"mctf": 10}  # tokens that a method always leaves
+# The same for models of two blocks.
+SHORT = {name: {**options, "stages": (1,)} if "stages" in options else options for name, options in METHODS.items()}
+SHORT["metr"] = dict(tokens=[30, 18])
+SELECT = {"topk", "evit", "metr", "ats", "dynamicvit", "radial"} & METHODS.keys()  # rows are tokens, or one fused token
+SOFT = {"sit", "patchmerger", "sinkhorn"} & METHODS.keys()  # every row is a weighted sum of all patches
+FIXED = {"radial"}  # to one grid of patches
+NEEDS_CLASS_TOKEN = {"ats"}
+_CLASSLESS = {"gap", "gap-reg4-nocls", "siglip-map", "map-reg4", "prr-avg", "no-prefix"}
+
+
+def pairs(*names: str, but: set[str] = frozenset()) -> list[tuple[str, str]]:
+    """(model, method) for models by name and every method that runs in them, but some."""
+    return [
+        (name, method)
+        for name in names
+        for method in METHODS
+        if method not in but and not (name in _CLASSLESS and method in NEEDS_CLASS_TOKEN)
+    ]
+
+
+def option_names(method: str) -> set[str]:
+    return {field.name for field in dataclasses.fields(methods.METHODS[method])}
 
 
 def reduced(model: nn.Module, method: str, **options) -> nn.Module:
-    """The model patched; by mean scores where it has no class token."""
+    """The model patched; by mean scores where it has no class token; its learned parts, if any, as if trained."""
     options = options or METHODS[method]
-    if method != "tome" and not model.has_class_token:
+    if "scores" in option_names(method) and not model.has_class_token:
         options = {"scores": "mean", **options}
-    return tokred.apply(model, method, **options)
+    model = tokred.apply(model, method, **options)
+    for block in model.blocks:
+        if block.tokred_part is not None:
+            randomised(block.tokred_part)
+    return model
+
+
+def keeping(method: str, *tokens: int, stages: tuple[int, ...] = (1, 3)) -> dict:
+    """Options that leave so many patches in the stages, or of a method without stages as few in all blocks."""
+    if "tokens" in option_names(method):
+        return dict(tokens=list(tokens), stages=stages)
+    return dict(r=10**6 if min(tokens) == 1 else 0)
 
 
 def assert_same_forward(model: nn.Module, reference: nn.Module, x: Tensor) -> None:

@@ -10,6 +10,7 @@ from vits import images, randomised, tiny
 
 import tokred_kernels as tokred
 from tokred_kernels.methods import METHODS
+from tokred_kernels.methods._clusters import ranked
 
 P, C = 20, 16  # C^-1/2 is exact: what is equal for the definition is equal in floating point
 
@@ -88,6 +89,37 @@ def test_dpcknn_is_deterministic_and_a_cluster_of_one_is_a_copy():
         assert alone
         for c in alone:
             assert torch.equal(rows[c], image[label == c][0])
+
+
+def test_gradients_of_dpcknn_are_those_of_the_plain_weighted_mean():
+    part, x = score_part(), patches("random").requires_grad_()
+    rows, _, assign = METHODS["dpcknn"](keep_rate=0.5).reduce(Block(0, part), x, None, 7)
+    got = torch.autograd.grad(rows.square().sum(), [x, *part.parameters()])
+    member = torch.nn.functional.one_hot(assign.long(), 7).mT * part["score"](x).mT.exp()
+    plain = (member / member.sum(2, keepdim=True)) @ x
+    want = torch.autograd.grad(plain.square().sum(), [x, *part.parameters()])
+    for a, b in zip(got[:2], want[:2], strict=True):
+        assert b.abs().max() > 1e-3
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+def test_the_best_are_ranked_by_the_order_rule():
+    nan, inf = torch.nan, torch.inf
+    score = torch.tensor([[nan, 1, -0.0, 0, -inf, 1, inf, nan], [nan] * 8])
+    assert ranked(score, 8).tolist() == [[6, 1, 5, 2, 3, 0, 4, 7], list(range(8))]
+    assert ranked(score, 2).dtype == torch.int32
+
+
+@pytest.mark.parametrize("method", ["dpcknn", "kmedoids"])
+@pytest.mark.parametrize("equal_weight", [False, True])
+def test_an_image_of_nan_leaves_the_others_alone(method, equal_weight):
+    model = tokred.apply(tiny("deit"), method, tokens=[25, 9], stages=(1, 3), equal_weight=equal_weight)
+    x = images()
+    with torch.no_grad():
+        want = model(x)
+        x[0] = torch.nan
+        got = model(x)
+    assert got[0].isnan().all() and torch.equal(got[1], want[1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])

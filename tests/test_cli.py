@@ -66,7 +66,7 @@ BAD = {
     "inflection of a list": (["bench", MODEL, "--r", "4,4", "--inflection", "1"], "r must be"),
     "keep rate is no number": (["bench", MODEL, "--method", "evit", "--keep-rate", "half"], "--keep-rate"),
     "keep rate above 1": (["bench", MODEL, "--method", "evit", "--keep-rate", "1.5"], "keep_rate must be in (0, 1]"),
-    "keep rate of tome": (["bench", MODEL, "--keep-rate", "0.5"], "tome has no option 'keep_rate'"),
+    "r and keep rate": (["bench", MODEL, "--r", "3", "--keep-rate", "0.5"], "tome: give one of r=, keep_rate="),
     "r of evit": (["bench", MODEL, "--method", "evit", "--r", "5"], "evit has no option 'r'"),
     "stage beyond the model": (["bench", MODEL, "--method", "topk"], "stages must be below 6"),
     "stages in disorder": (["bench", MODEL, "--method", "topk", "--stages", "3,1"], "ascending"),

@@ -176,13 +176,15 @@ class _Oracle(_Baseline):
     def __init__(self, model: nn.Module, counts: Sequence[tuple[int, int]], patched: bool):
         super().__init__(model, counts)
         self.patched = patched
+        for block in model.blocks if patched else ():
+            block.__class__ = ReducedBlock
 
     def blocks(self, x: Tensor) -> tuple[Tensor, None]:
         for block, (n, m) in zip(self.model.blocks, self.plan, strict=True):
             if n < x.shape[1]:
                 x = x[:, :n].contiguous()
             if self.patched:
-                attended = ReducedBlock.attend(block, *ReducedBlock.project(block, x))[0]
+                attended = block.attend(*block.project(x))[0]
             else:
                 attended = block.drop_path1(block.ls1(block.attn(block.norm1(x))))
             # Sliced before the addition: its result is then dense in memory, and no copy is charged to the oracle.

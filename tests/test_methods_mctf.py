@@ -1,6 +1,7 @@
 """MCTF: the published example and counts, and models against a float64 form that holds every attention map."""
 
 import copy
+import functools
 import io
 import re
 from types import SimpleNamespace
@@ -214,6 +215,7 @@ class TestWorkedExample:
         torch.testing.assert_close(rows[0, :, :, :5].double(), want, rtol=1e-6, atol=1e-6)
 
 
+@functools.cache
 def deit(name):
     with torch.device("meta"):
         return timm.create_model(f"deit_{name}_patch16_224")

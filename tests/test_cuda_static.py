@@ -28,11 +28,13 @@ _ELEMENTS = {
 
 # (file, kernel): threads, blocks a multiprocessor must hold by registers, instructions it must contain.
 EXPECTED = {
-    **{("match", f"match_kernel<{t}>"): (256, 2, {"FFMA": 4 * t * t, "LDS.128": 2 * t}) for t in (4, 5, 6, 7)},
-    ("match", "edge_kernel<5,false>"): (256, 2, {"FFMA": 4 * 25, "LDS.128": 10, "STG.E.64": 5}),
-    ("match", "edge_kernel<5,true>"): (256, 2, {"FFMA": 4 * 25, "LDS.128": 10, "STG.E.64": 5}),
+    **{("match", f"match_kernel<{t},false>"): (256, 2, {"FFMA": 4 * t * t, "LDS.128": 2 * t}) for t in (4, 5, 6, 7)},
+    **{("match", f"match_kernel<{t},true>"): (256, 2, {"FFMA": 8 * t * t, "LDS.128": 4 * t}) for t in (4, 5, 6, 7)},
+    **{("match", f"edge_kernel<{t},{deep},{back}>"): (256, 2, {"FFMA": 4 * t * t, "LDS.128": 2 * t, "STG.E.64": t})
+       for t, deep in ((5, "false"), (4, "true")) for back in ("false", "true")},
     ("match", "unit_kernel"): (256, 4, {"LDG.E.128": 4, "STG.E.128": 2}),
     ("match", "select_kernel"): (1024, 2, {"SHFL": 10, "VOTE": 1}),
+    ("match", "follow_kernel"): (256, 8, {"LDG.E.64": 2, "STS.64": 1}),
     **{("merge", f"merge_kernel<{t},{16 // s}>"): (256, 4, {"LDG.E.128": 8, "STG.E.128": 5})
        for t, s in (("float", 4), ("half", 2), ("bfloat16", 2))},
     **{("merge", f"merge_kernel<{t},1>"): (256, 4, {"VOTE": 8}) for t in ("float", "half", "bfloat16")},

@@ -8,7 +8,7 @@ import oracle
 import pytest
 import torch
 import torch.profiler
-from cases import DTYPES, MATCH_CASES, MERGE_CASES, MatchCase, MergeCase
+from cases import DTYPES, MATCH_CASES, MERGE_CASES, TWO_WAY_CASES, MatchCase, MergeCase
 
 import tokred_kernels as tokred
 
@@ -42,12 +42,12 @@ def assert_same(got, want) -> None:
         torch.testing.assert_close(have.cpu(), wanted.cpu(), rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("case", MATCH_CASES, ids=lambda c: c.id)
+@pytest.mark.parametrize("case", MATCH_CASES + TWO_WAY_CASES, ids=lambda c: c.id)
 def test_match(case):
     metric, weight = case.metric(DEVICE), case.weight(DEVICE)
     before = metric.clone()
-    assign = tokred.match(metric, case.r, case.p, weight, power=case.power).cpu()
-    oracle.check_assign(assign, case.metric(), case.r, case.p, case.weight(), case.power)
+    assign = tokred.match(metric, case.r, case.p, weight, **case.keywords).cpu()
+    oracle.check_assign(assign, case.metric(), case.r, case.p, case.weight(), **case.keywords)
     assert_same([metric], [before])
 
 
@@ -181,6 +181,13 @@ def launches(step) -> list[str]:
         step()
         torch.cuda.synchronize()
     return [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+
+
+@pytest.mark.parametrize("case, kernels", [(DEIT, 1), (DEEP, 5)], ids=["one-block", "several-blocks"])
+def test_launches_of_match_in_both_ways(case, kernels):
+    torch.use_deterministic_algorithms(False)
+    metric = case.metric(DEVICE)
+    assert len(launches(lambda: tokred.match(metric, case.r, case.p, two_way=True))) == kernels
 
 
 def test_a_step_is_two_launches_and_allocates_its_outputs():

@@ -1,10 +1,12 @@
 """Every CUDA kernel on the host, by the emulator in simt/: against the oracle, over the shared cases and schedules."""
 
+import dataclasses
+
 import numpy as np
 import oracle
 import pytest
 import torch
-from cases import MATCH_CASES, MERGE_CASES, MatchCase, MergeCase
+from cases import MATCH_CASES, MERGE_CASES, TWO_WAY_CASES, MatchCase, MergeCase
 from simt import ops
 
 from tokred_kernels import reference
@@ -23,18 +25,21 @@ SPLIT_CASES = [
     MatchCase(B=2, N=60, D=200, H=0, r=13, weighted=True, power=2.0),
     MatchCase(B=1, N=60, D=200, H=0, r=13, trap="all-nan"),
 ]
+SPLIT_CASES += [dataclasses.replace(c, two_way=True) for c in SPLIT_CASES]
+SCHEDULED = [c for c in MATCH_CASES + TWO_WAY_CASES[::3] if c.small and c.p == 1]
 TILE_CASES = [MatchCase(B=1, N=n, D=8, H=0, r=n // 4, p=1) for n in (3, 128, 130, 162, 194, 226, 500)]
+TILE_CASES += [dataclasses.replace(c, two_way=True) for c in TILE_CASES]
 
 
 def check_match(case: MatchCase, assign: torch.Tensor) -> None:
-    oracle.check_assign(assign, case.metric(), case.r, case.p, case.weight(), case.power)
+    oracle.check_assign(assign, case.metric(), case.r, case.p, case.weight(), **case.keywords)
 
 
 def run_match(case: MatchCase, **kwargs) -> torch.Tensor:
-    return ops.match(case.metric(), case.r, case.p, case.weight(), power=case.power, **kwargs)
+    return ops.match(case.metric(), case.r, case.p, case.weight(), **case.keywords, **kwargs)
 
 
-@pytest.mark.parametrize("case", MATCH_CASES + TILE_CASES, ids=lambda c: c.id)
+@pytest.mark.parametrize("case", MATCH_CASES + TWO_WAY_CASES + TILE_CASES, ids=lambda c: c.id)
 def test_match(case):
     check_match(case, run_match(case))
 
@@ -44,7 +49,7 @@ def test_match_by_several_blocks(case):
     check_match(case, run_match(case, device=MANY))
 
 
-@pytest.mark.parametrize("case", [c for c in MATCH_CASES if c.small and c.p == 1], ids=lambda c: c.id)
+@pytest.mark.parametrize("case", SCHEDULED, ids=lambda c: c.id)
 def test_match_does_not_depend_on_the_schedule(case):
     first, *others = [run_match(case, seed=seed) for seed in SEEDS]
     assert all(torch.equal(first, other) for other in others)
@@ -52,8 +57,11 @@ def test_match_does_not_depend_on_the_schedule(case):
 
 @pytest.mark.parametrize("trap", ["random", "alike", "duplicates", "nan", "signed-zero"])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_match_is_the_same_by_one_block_and_by_several(trap, weighted):
-    case = MatchCase(B=3, N=290, D=72, H=2, r=60, dtype=torch.float16, trap=trap, weighted=weighted, power=2.0)
+@pytest.mark.parametrize("two_way", [False, True])
+def test_match_is_the_same_by_one_block_and_by_several(trap, weighted, two_way):
+    case = MatchCase(
+        B=3, N=290, D=72, H=2, r=60, dtype=torch.float16, trap=trap, weighted=weighted, power=2.0, two_way=two_way
+    )
     by_one, by_several = (run_match(case, device=d) for d in ((1, 227 << 10), MANY))
     assert torch.equal(by_one, by_several)
 
@@ -63,10 +71,11 @@ def test_match_falls_back_where_shared_memory_is_small():
     assert torch.equal(run_match(case, device=FEW), run_match(case, device=(8, 227 << 10)))
 
 
-def test_match_of_an_image_is_that_of_the_batch():
-    case = MatchCase(B=4, N=101, D=24, H=3, r=30, trap="alike")
+@pytest.mark.parametrize("two_way", [False, True])
+def test_match_of_an_image_is_that_of_the_batch(two_way):
+    case = MatchCase(B=4, N=101, D=24, H=3, r=30, trap="alike", two_way=two_way)
     whole = run_match(case)
-    single = [ops.match(case.metric()[b : b + 1], case.r, case.p) for b in range(case.B)]
+    single = [ops.match(case.metric()[b : b + 1], case.r, case.p, **case.keywords) for b in range(case.B)]
     assert torch.equal(whole, torch.cat(single))
 
 

@@ -1,9 +1,11 @@
 // match: the bipartite matching of tokens.  s_ij = <a_i, b_j> over unit rows of the head mean, edge_i = the best s_ij
-// (ties: lowest j), the r best edges (ties: lowest i) merge.
+// (ties: lowest j), the r best edges (ties: lowest i) merge.  Two ways, then every b looks for its best among the a
+// that stayed, and the ranks of these edges say which r_b of the b merge and in what order the others come.
 //
 // match_kernel: one block an image, everything in shared memory.  Eight lanes normalise a row; then the block is 16 x
 // 16 threads with kTile x kTile scores each, which keep a running (score, column) and never write a score; the rank of
 // an edge is the number of better ones; assign is written by a ballot scan.  match_split.cuh serves everything larger.
+// The way back does the same with the sides exchanged: a product has no order, so its scores are the same bit for bit.
 //
 // Products are float32 FMA, one chain over ascending d for every pair, so equal rows score bitwise equal wherever they
 // sit; error at most 4.8e-7 for D <= 128 (tests/test_simt.py holds it to 1e-6).  Three TF32 or six bf16 tensor core
@@ -13,10 +15,11 @@
 // = 5.7 us (two images an SM, 1.7 GHz).
 //
 //   sm_90           registers   blocks an SM   shared memory
-//   match_kernel<4>        96              2   272 bytes a row: 62 KB for N = 197, 108 KB for N = 577
-//   match_kernel<5>       118              2
+//   match_kernel<4>        95              2   272 bytes a row: 62 KB for N = 197, 108 KB for N = 577
+//   match_kernel<5>       122              2   two ways, 4 bytes a row more
 //   match_kernel<6>       128              2
-//   match_kernel<7>       128              2
+//   match_kernel<7>       124              2
+//   two ways              114, 128, 128, 127
 #pragma once
 #include "device.cuh"
 
@@ -29,7 +32,8 @@ struct MatchBatch {
   const float* weight;  // [B, N] or null
   int32_t* assign;      // [B, N]
   int64_t B, s_b, s_h, s_n;
-  int H, N, D, r, p;
+  int H, N, D, p;
+  int r, r_b;  // patches that leave a, and b (one way: 0)
   float power;
   Dtype dtype;
   bool aligned;  // every row of the metric starts at a multiple of 16 bytes
@@ -38,13 +42,30 @@ struct MatchBatch {
   __host__ __device__ int first_b() const { return p + 1 - p % 2; }
   __host__ __device__ int rows_a() const { return (N - first_a() + 1) / 2; }
   __host__ __device__ int rows_b() const { return (N - first_b() + 1) / 2; }
-  __host__ __device__ int width() const { return round_up(D, 8); }  // D with zeros
+  __host__ __device__ int rows() const { return rows_a() > rows_b() ? rows_a() : rows_b(); }
+  __host__ __device__ int kept() const { return rows_a() - r; }       // of a
+  __host__ __device__ int first_b_row() const { return p + kept(); }  // in assign, before the way back
+  __host__ __device__ int width() const { return round_up(D, 8); }    // D with zeros
 };
 
 // Unit rows are kept in pieces of kChunk elements. kPitch: 16 lanes reading 16 bytes of consecutive rows meet no bank
 // twice (17 words of 16 bytes).
 constexpr int kChunk = 64, kPitch = kChunk + 4;
 constexpr float kNormFloor = 1e-6f;
+
+// One side of an image's edges: patches first, first + 2, ..., or the listed ones of these.
+struct Side {
+  int first, count;
+  const int* list;  // or null
+
+  __device__ __forceinline__ int patch(int i) const { return first + 2 * (list ? list[i] : i); }
+  __device__ __forceinline__ Side from(int i) const {
+    return {list ? first : first + 2 * i, count - i, list ? list + i : nullptr};
+  }
+};
+__device__ __forceinline__ Side side_a(const MatchBatch& m) { return {m.p % 2, m.rows_a(), nullptr}; }
+__device__ __forceinline__ Side side_b(const MatchBatch& m) { return {1 - m.p % 2, m.rows_b(), nullptr}; }
+__device__ __forceinline__ Side side_kept(const MatchBatch& m, const int* kept) { return {m.p % 2, m.kept(), kept}; }
 
 // Order of scores as unsigned integers; -0 ties with +0.
 __device__ __forceinline__ uint64_t edge_key(float score, int index) {
@@ -120,12 +141,13 @@ __device__ __forceinline__ void with_dtype(Dtype dtype, F&& f) {
   }
 }
 
-// Tokens first, first + 2, ... of image b, `count` of them and then zeros, as `rows` unit rows.
-__device__ __forceinline__ void stage(const MatchBatch& m, int64_t b, int first, int count, int rows, float* to) {
+// Patches patch(0), patch(1), ... of image b, `count` of them and then zeros, as `rows` unit rows.
+template <typename Patch>
+__device__ __forceinline__ void stage(const MatchBatch& m, int64_t b, Patch&& patch, int count, int rows, float* to) {
   with_dtype(m.dtype, [&](auto* type) {
-    auto* image = static_cast<decltype(type)>(m.metric) + b * m.s_b;
+    auto* image = static_cast<decltype(type)>(m.metric) + b * m.s_b + m.p * m.s_n;
     for (int i = threadIdx.x / 8; i < rows; i += kThreads / 8)
-      unit_row(m, i < count ? image + (first + 2 * i) * m.s_n : nullptr, to + i * kPitch, int64_t(rows) * kPitch);
+      unit_row(m, i < count ? image + patch(i) * m.s_n : nullptr, to + i * kPitch, int64_t(rows) * kPitch);
   });
 }
 
@@ -164,16 +186,17 @@ struct BestEdges {
     for (int i = 0; i < kTile; ++i) score[i] = -INFINITY, column[i] = 0;
   }
 
-  // The scores of rows from i0 and columns from j0 on; columns ascend, so the first of equal ones stays.
-  __device__ __forceinline__ void take(const MatchBatch& m, int64_t b, const float (&acc)[kTile][kTile], int i0,
-                                       int j0) {
-    const int rows = m.rows_a(), columns = m.rows_b();
-    const float* weight = m.weight ? m.weight + b * m.N : nullptr;
+  // The scores of rows from i0 and columns from j0 on; columns ascend, so the first of equal ones stays. kBack: the
+  // columns are a, whose weight comes first.
+  template <bool kBack>
+  __device__ __forceinline__ void take(const MatchBatch& m, int64_t b, const Side& rows, const Side& columns,
+                                       const float (&acc)[kTile][kTile], int i0, int j0) {
+    const float* weight = m.weight ? m.weight + b * m.N + m.p : nullptr;
 #pragma unroll
     for (int j = 0; j < kTile; ++j) {
       const int at = j0 + threadIdx.x % 16 + 16 * j;
-      if (at >= columns) continue;
-      const float column_weight = weight ? weight[m.first_b() + 2 * at] : 1;
+      if (at >= columns.count) continue;
+      const float column_weight = weight ? weight[columns.patch(at)] : 1;
 #pragma unroll
       for (int i = 0; i < kTile; ++i) {
         float s = acc[i][j];
@@ -182,7 +205,8 @@ struct BestEdges {
           s = (s + 1) / 2;
           s = s < 0 ? 0 : s;                                                   // NaN stays
           if (m.power != 1) s = m.power == 0 ? 1 : exp2f(m.power * log2f(s));  // powf inlined 64 times would spill
-          s = s * (row < rows ? weight[m.first_a() + 2 * row] : 0) * column_weight;
+          const float row_weight = row < rows.count ? weight[rows.patch(row)] : 0;
+          s = kBack ? s * column_weight * row_weight : s * row_weight * column_weight;
         }
         if (s > score[i]) score[i] = s, column[i] = at;
       }
@@ -206,10 +230,11 @@ struct BestEdges {
 };
 
 // Rows out: prefix, kept a ascending, b ascending; gone(i) says whether a_i merges, into(i) the column it merges into.
-// kept_of_warp: shared, an int a warp.
+// kept_of_warp: shared, an int a warp. kept_list [Na - r] or null: which a these are.
 template <typename Gone, typename Into>
-__device__ void write_assign(const MatchBatch& m, int64_t b, int* kept_of_warp, Gone&& gone, Into&& into) {
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, na = m.rows_a(), first_b_row = m.p + na - m.r;
+__device__ __forceinline__ void write_assign(const MatchBatch& m, int64_t b, int* kept_of_warp, int* kept_list,
+                                             Gone&& gone, Into&& into) {
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, na = m.rows_a(), first_b_row = m.first_b_row();
   int32_t* assign = m.assign + b * m.N;
   int row = m.p;  // of the first kept a of this round
   for (int base = 0; base < na; base += blockDim.x) {
@@ -224,71 +249,97 @@ __device__ void write_assign(const MatchBatch& m, int64_t b, int* kept_of_warp, 
       row += kept_of_warp[w];
     }
     if (i < na) assign[m.first_a() + 2 * i] = merges ? first_b_row + into(i) : mine;
+    if (kept_list && i < na && !merges) kept_list[mine - m.p] = i;
     __syncthreads();
   }
   for (int j = threadIdx.x; j < m.rows_b(); j += blockDim.x) assign[m.first_b() + 2 * j] = first_b_row + j;
   for (int n = threadIdx.x; n < m.p; n += blockDim.x) assign[n] = n;
 }
 
-// Shared memory of match_kernel, in bytes from its start: rows b, a tile of rows a, then per row a a key and a column.
+// Shared memory of match_kernel, in bytes from its start: rows b, a tile of rows a, then per row a a key and a column,
+// and, two ways, the kept a. The way back has b for a, and the kept a for b.
 struct MatchShared {
-  int64_t a, key, column, kept, bytes;
+  int64_t tile, key, column, count, kept, bytes;
   int b_rows;
 
   __host__ __device__ MatchShared(const MatchBatch& m, int side) {
     const int64_t row = ceil_div(m.width(), kChunk) * kPitch * sizeof(float);
-    b_rows = round_up(m.rows_b(), side);
-    a = b_rows * row;
-    key = a + side * row;
-    column = key + int64_t(m.rows_a()) * sizeof(uint64_t);
-    kept = column + int64_t(m.rows_a()) * sizeof(int);
-    bytes = kept + kWarps * sizeof(int);
+    const int64_t rows = m.r_b ? m.rows() : m.rows_a();
+    b_rows = round_up(m.r_b ? m.rows() : m.rows_b(), side);
+    tile = b_rows * row;
+    key = tile + side * row;
+    column = key + rows * int64_t(sizeof(uint64_t));
+    count = column + rows * int64_t(sizeof(int));
+    kept = count + kWarps * int64_t(sizeof(int));
+    bytes = kept + (m.r_b ? m.rows_a() * int64_t(sizeof(int)) : 0);
   }
 };
 
-template <int kTile>
-__global__ void __launch_bounds__(kThreads, 2) match_kernel(const MatchBatch m) {
+// The best edge of each row: keys holds its score and the row, into its column.
+template <int kTile, bool kBack>
+__device__ __forceinline__ void find_edges(const MatchBatch& m, int64_t b, const MatchShared& at, const Side& rows,
+                                           const Side& columns, uint64_t* keys, int* into) {
   constexpr int kSide = 16 * kTile;
-  const int64_t b = blockIdx.x;
-  if (m.r == 0) {
-    for (int n = threadIdx.x; n < m.N; n += kThreads) m.assign[b * m.N + n] = n;
-    return;
-  }
-  const MatchShared at(m, kSide);
-  unsigned char* shared = shared_memory();
-  float *b_rows = reinterpret_cast<float*>(shared), *a_rows = reinterpret_cast<float*>(shared + at.a);
-  uint64_t* keys = reinterpret_cast<uint64_t*>(shared + at.key);
-  int* columns = reinterpret_cast<int*>(shared + at.column);
-  const int na = m.rows_a(), nb = m.rows_b(), width = m.width();
-
-  for (int i0 = -kSide; i0 < na; i0 += kSide) {
-    const bool is_b = i0 < 0;  // rows b first, then tiles of rows a: one call, one copy of its code
+  const int width = m.width();
+  float* column_rows = reinterpret_cast<float*>(shared_memory());
+  float* tile_rows = reinterpret_cast<float*>(shared_memory() + at.tile);
+  for (int i0 = -kSide; i0 < rows.count; i0 += kSide) {
+    const bool is_column = i0 < 0;  // columns first, then tiles of rows: one call, one copy of its code
     __syncthreads();
-    stage(m, b, is_b ? m.first_b() : m.first_a() + 2 * i0, is_b ? nb : na - i0, is_b ? at.b_rows : kSide,
-          is_b ? b_rows : a_rows);
-    if (is_b) continue;
+    stage(
+        m, b, [&](int i) { return is_column ? columns.patch(i) : rows.patch(i0 + i); },
+        is_column ? columns.count : rows.count - i0, is_column ? at.b_rows : kSide,
+        is_column ? column_rows : tile_rows);
+    if (is_column) continue;
     __syncthreads();
     BestEdges<kTile> best;
-    for (int j0 = 0; j0 < nb; j0 += kSide) {
+    for (int j0 = 0; j0 < columns.count; j0 += kSide) {
       float acc[kTile][kTile] = {};
       for (int c = 0; c * kChunk < width; ++c)
-        add_products(a_rows + c * kSide * kPitch, b_rows + (c * at.b_rows + j0) * kPitch,
+        add_products(tile_rows + c * kSide * kPitch, column_rows + (c * at.b_rows + j0) * kPitch,
                      min(kChunk, width - c * kChunk), acc);
-      best.take(m, b, acc, i0, j0);
+      best.template take<kBack>(m, b, rows, columns, acc, i0, j0);
     }
-    best.reduce(i0, na, [&](int i, uint64_t key) {
+    best.reduce(i0, rows.count, [&](int i, uint64_t key) {
       keys[i] = with_index(key, i);
-      columns[i] = key_index(key);
+      into[i] = key_index(key);
     });
   }
   __syncthreads();
-  auto gone = [&](int i) {
+}
+
+template <int kTile, bool kTwoWay>
+__global__ void __launch_bounds__(kThreads, 2) match_kernel(const MatchBatch m) {
+  const int64_t b = blockIdx.x;
+  int32_t* assign = m.assign + b * m.N;
+  if (m.r == 0 && !kTwoWay) {
+    for (int n = threadIdx.x; n < m.N; n += kThreads) assign[n] = n;
+    return;
+  }
+  const MatchShared at(m, 16 * kTile);
+  uint64_t* keys = reinterpret_cast<uint64_t*>(shared_memory() + at.key);
+  int* into = reinterpret_cast<int*>(shared_memory() + at.column);
+  auto rank = [&](int i, int rows) {
     const uint64_t mine = keys[i];
-    int rank = 0;
-    for (int other = 0; other < na; ++other) rank += keys[other] > mine;
-    return rank < m.r;
+    int before = 0;
+    for (int other = 0; other < rows; ++other) before += keys[other] > mine;
+    return before;
   };
-  write_assign(m, b, reinterpret_cast<int*>(shared + at.kept), gone, [&](int i) { return columns[i]; });
+
+  find_edges<kTile, false>(m, b, at, side_a(m), side_b(m), keys, into);
+  int* kept = kTwoWay ? reinterpret_cast<int*>(shared_memory() + at.kept) : nullptr;
+  write_assign(
+      m, b, reinterpret_cast<int*>(shared_memory() + at.count), kept, [&](int i) { return rank(i, m.rows_a()) < m.r; },
+      [&](int i) { return into[i]; });
+  if constexpr (kTwoWay) {
+    find_edges<kTile, true>(m, b, at, side_b(m), side_kept(m, kept), keys, into);
+    for (int n = m.p + threadIdx.x; n < m.N; n += kThreads) {
+      const int j = assign[n] - m.first_b_row();
+      if (j < 0) continue;
+      const int before = rank(j, m.rows_b());
+      assign[n] = before < m.r_b ? m.p + into[j] : m.first_b_row() + before - m.r_b;
+    }
+  }
 }
 
 }  // namespace tokred

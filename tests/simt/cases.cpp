@@ -9,7 +9,7 @@
 using namespace tokred;
 
 template <typename T>
-static void match(Dtype dtype, int B, int H, int N, int D, int r, int p, bool weighted, bool one_block) {
+static void match(Dtype dtype, int B, int H, int N, int D, int r, int p, bool weighted, bool one_block, int r_b = 0) {
   Buffer<T> metric = normal<T>(size_t(B) * N * H * D);  // [B, N, H, D]
   Buffer<float> weight = normal<float>(size_t(B) * N);
   Buffer<int32_t> assign(size_t(B) * N);
@@ -23,13 +23,14 @@ static void match(Dtype dtype, int B, int H, int N, int D, int r, int p, bool we
                H,
                N,
                D,
-               r,
                p,
+               r,
+               r_b,
                2.0f,
                dtype,
                D * sizeof(T) % 16 == 0};
   emulate_match(m, one_block ? Device{1, 227 << 10} : Device{1, 0});
-  printf("match N=%d D=%d: %08x\n", N, D, hash(assign));
+  printf("match N=%d D=%d r=%d+%d: %08x\n", N, D, r, r_b, hash(assign));
 }
 
 template <typename T>
@@ -84,6 +85,11 @@ int main(int, char** arguments) {
   match<float>(Dtype::kFloat, 2, 2, 41, 12, 0, 1, false, true);
   match<float>(Dtype::kFloat, 1, 2, 290, 12, 77, 1, true, false);
   match<__half>(Dtype::kHalf, 2, 1, 45, 136, 20, 2, false, false);
+  match<float>(Dtype::kFloat, 2, 1, 31, 5, 4, 0, false, true, 5);
+  match<__half>(Dtype::kHalf, 1, 3, 50, 16, 0, 1, true, true, 1);
+  match<__nv_bfloat16>(Dtype::kBFloat16, 1, 2, 140, 72, 36, 5, false, true, 36);
+  match<float>(Dtype::kFloat, 1, 2, 190, 12, 38, 1, true, false, 39);
+  match<__half>(Dtype::kHalf, 2, 1, 45, 136, 10, 2, false, false, 10);
   merge<float>(2, 23, 11, 24, kReduceMean, false, 4);
   merge<float>(1, 40, 1, 7, kReduceSum, true, 0);
   merge<__half>(2, 23, 11, 264, kReduceMean, true, 0);

@@ -17,11 +17,12 @@ static T* pointer(uintptr_t address) {
 
 // The edges of several blocks an image: their keys, [B * Na].
 static std::vector<uint64_t> match(uintptr_t metric, uintptr_t weight, uintptr_t assign, int64_t B, int H, int N, int D,
-                                   int64_t s_b, int64_t s_h, int64_t s_n, int r, int p, float power, int dtype,
+                                   int64_t s_b, int64_t s_h, int64_t s_n, int r, int r_b, int p, float power, int dtype,
                                    bool aligned, int multiprocessors, int64_t shared_bytes) {
   MatchBatch m;
   m.metric = pointer<void>(metric), m.weight = pointer<float>(weight), m.assign = pointer<int32_t>(assign);
-  m.B = B, m.H = H, m.N = N, m.D = D, m.s_b = s_b, m.s_h = s_h, m.s_n = s_n, m.r = r, m.p = p, m.power = power;
+  m.B = B, m.H = H, m.N = N, m.D = D, m.s_b = s_b, m.s_h = s_h, m.s_n = s_n, m.r = r;
+  m.r_b = r_b, m.p = p, m.power = power;
   m.dtype = static_cast<Dtype>(dtype), m.aligned = aligned;
   const auto scratch = emulate_match(m, {multiprocessors, shared_bytes});
   if (!scratch) return {};

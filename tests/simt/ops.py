@@ -59,8 +59,9 @@ def match(metric: Tensor, r: int, prefix: int = 1, weight: Tensor | None = None,
 
 
 def match_edges(
-    metric: Tensor, r: int, prefix: int = 1, weight: Tensor | None = None, *, power: float = 1.0, device=H200, seed=0
-) -> tuple[Tensor, list[float]]:
+    metric: Tensor, r: int, prefix: int = 1, weight: Tensor | None = None, *, power: float = 1.0,
+    two_way: bool = False, device=H200, seed=0,
+) -> tuple[Tensor, list[float]]:  # fmt: skip
     """(assign, the best score of every row a of the batch), the latter only from the kernels of several blocks."""
     keys = []
     B, N, D = metric.shape[0], metric.shape[-2], metric.shape[-1]
@@ -69,10 +70,12 @@ def match_edges(
     metric, weight = _inner_contiguous(metric), _per_token(weight)
     strides = [metric.stride(0), metric.stride(1) if metric.dim() == 4 else 0, metric.stride(-2)]
     if B and N:
+        r = _check.clamp_r(r, N, prefix)
+        r_a = r // 2 if two_way else r
         emulator().seed(seed)
         keys = emulator().match(
             _address(metric), _address(weight), _address(assign.tensor), B, H, N, D, *strides,
-            _check.clamp_r(r, N, prefix), prefix, power, DTYPES.index(metric.dtype), _aligned(metric, strides), *device,
+            r_a, r - r_a, prefix, power, DTYPES.index(metric.dtype), _aligned(metric, strides), *device,
         )  # fmt: skip
     return assign.take(), [_score(key >> 32) for key in keys]
 

@@ -42,8 +42,13 @@ def options(method: str, model: nn.Module, keep_rate: float, stages: Sequence[in
             found["rule"] = "wttu"
     else:
         share = schedule.ratios(keep_rate, len(stages), "wttu")
-        patches = model.patch_embed.num_patches
-        found = {"r": list(schedule.unkept(len(model.blocks), patches, stages, share, rule="wttu"))}
+        left = goal = model.patch_embed.num_patches
+        removed = []
+        for r in schedule.unkept(len(model.blocks), left, stages, share, rule="wttu"):
+            goal -= r
+            removed.append(min(left - goal, left // 2))  # at most half of a block's patches merge: the next goes on
+            left -= removed[-1]
+        found = {"r": removed}
     if "scores" in fields and not model.has_class_token:
         found["scores"] = "mean"
     return found

@@ -4,6 +4,7 @@ import copy
 from functools import partial
 
 import pytest
+import timm
 import torch
 import vits
 from torch import nn
@@ -148,6 +149,37 @@ def test_one_patch_is_left_at_least(name, method, side):
     most = max(4 if method == "radial" else 1 + model.tokred_method.fuses, min(P, vits.LEAST.get(method, 0) - p))
     assert 1 <= left <= most
     assert torch.equal(traced(model, images(0, side))[0], logits[:0])
+
+
+# GMACs of DeiT-S at keep rates 0.9, 0.7, 0.5, 0.25 of all patches, as "Which Tokens to Use?" counts them: methods that
+# reduce before a block, and those that do so in it.
+BEFORE, INSIDE = (3.91, 2.88, 2.15, 1.56), (3.96, 2.98, 2.28, 1.70)
+GMACS = {
+    **dict.fromkeys(("dynamicvit", "kmedoids", "dpcknn", "sit", "patchmerger", "sinkhorn"), BEFORE),
+    **dict.fromkeys(("tome", "topk", "ats"), INSIDE),
+}
+MCTF = [  # model, r, GMACs without the matching
+    ("deit_tiny_patch16_224", 16, 0.697),
+    ("deit_small_patch16_224", 16, 2.577),
+    ("deit_tiny_patch16_224", 0.35, 0.742),
+    ("deit_small_patch16_224", 0.35, 2.744),
+]
+
+
+@pytest.mark.parametrize("method", GMACS)
+def test_macs_of_the_published_stages(method):
+    with torch.device("meta"):
+        model = timm.create_model("deit_small_patch16_224")
+    for keep_rate, published in zip((0.9, 0.7, 0.5, 0.25), GMACS[method], strict=True):
+        macs = tokred.schedule.macs(model, method=method, keep_rate=keep_rate)
+        assert macs / 1e9 == pytest.approx(published, rel=0.005)
+
+
+@pytest.mark.parametrize(("name", "r", "published"), MCTF)
+def test_macs_of_mctf_as_published(name, r, published):
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    assert tokred.schedule.macs(model, method="mctf", r=r) / 1e9 == pytest.approx(published, rel=0.005)
 
 
 def degenerate(kind, dtype):

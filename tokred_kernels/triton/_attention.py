@@ -177,7 +177,7 @@ def blocks(dtype: torch.dtype, D: int) -> tuple[int, int]:
     """(BM, BN) of a kernel that loops over keys with 4 warps: the largest with which no GPU spills."""
     if dtype != torch.float32:
         return 64, 64 if 32 < D <= 64 else 32
-    return 16, 32 if D <= 64 else 16
+    return 16, 32 if 32 < D <= 64 else 16
 
 
 def exponent(scale: float | None, D: int) -> float:

@@ -13,6 +13,13 @@ attention_online_kernel   otherwise. BM queries of a head over tiles of BN keys.
                           (shift, inverse) of every row if scores are asked for, and columns_kernel forms the columns.
 
 Floor, DeiT-S B=256 H=6 N=197 D=64 bfloat16 on an H200: q, k, v and out once, 154.9 MB = 36 us; 15.3 GFLOP = 19 us.
+
+    sm_90, D = 64, half precision     registers   shared memory
+    attention_row_kernel, N = 197     222 - 255           25 KB
+    attention_online_kernel           110 - 146      41 - 57 KB
+    columns_kernel                      80 - 88           33 KB
+
+Not timed. Nothing spills on sm_80, sm_90, sm_100 or gfx942.
 """
 
 import torch

@@ -12,7 +12,7 @@ from vits import METHODS, SELECT, SOFT, assert_same_forward, images, option_name
 
 import tokred_kernels as tokred
 
-PAIRS = pairs("deit", "distilled", "cls-reg9", "gap-reg4-nocls")
+PAIRS = pairs("deit", "distilled", "cls-reg9", "gap-reg4-nocls", "no-prefix")
 
 
 def traced(model, x):

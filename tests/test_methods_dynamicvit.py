@@ -186,6 +186,14 @@ def test_dropped_patches_have_next_to_no_influence_in_training():
     assert 0 < (a - b)[:, kept].abs().max() < 1e-5 < (a - b)[:, ~kept].abs().max()
 
 
+def test_attention_dropout_acts_on_the_matrix():
+    block = patched(attn_drop_rate=0.5).train().blocks[2]
+    block.attn.attn_drop.p = 1.0
+    tokens, size = torch.randn(2, 37, 32, dtype=torch.float64), torch.ones(2, 37, dtype=torch.float64)
+    want = tokens + block.branch(tokens.new_zeros(2, 2, 37, 16))
+    assert torch.equal(block(tokens, size, 0)[0], want + block.feed_forward(want))
+
+
 def test_the_gate_draws_with_the_predicted_probability():
     model = patched(dtype=torch.float32).train()
     part = model.blocks[1].tokred_part

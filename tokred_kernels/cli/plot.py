@@ -42,11 +42,13 @@ def save(record: dict, path: Path) -> None:
 
 def save_all(record: dict, path: Path) -> None:
     """Writes a PNG of a record of `tokred bench --method all`."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     rows = [row for row in record["rows"] if "speedup" in row]
     figure = Figure(figsize=(10, 6), layout="constrained")
     axes = figure.subplots()
+    axes.set_prop_cycle(color=colormaps["tab20"].colors)
     oracle = sorted({(row["macs"], row["oracle_images_per_second"]) for row in rows})
     axes.plot(*_line(oracle), color="black", linestyle=":", label="oracle: tokens sliced, for free")
     for index, method in enumerate(dict.fromkeys(row["method"] for row in rows)):

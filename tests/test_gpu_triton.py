@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import MATCH_CASES, MERGE_CASES, MatchCase
+from cases import MATCH_CASES, MERGE_CASES, TWO_WAY_CASES, MatchCase
 from oracle import check_assign, check_merge, edge_scores
 
 import tokred_kernels as tokred
@@ -31,12 +31,12 @@ def all_same(a, b) -> bool:
     return all(same(one, other) for one, other in zip(a, b, strict=True))
 
 
-@by_id(MATCH_CASES)
+@by_id(MATCH_CASES + TWO_WAY_CASES)
 def test_match(case, poisoned):
     metric, weight = case.metric("cuda"), case.weight("cuda")
     before = metric.clone()
-    assign = tokred.match(metric, case.r, case.p, weight, power=case.power)
-    check_assign(assign.cpu(), metric.cpu(), case.r, case.p, weight, case.power)
+    assign = tokred.match(metric, case.r, case.p, weight, **case.keywords)
+    check_assign(assign.cpu(), metric.cpu(), case.r, case.p, weight, **case.keywords)
     assert same(metric, before)
 
 

@@ -6,7 +6,7 @@ races and the rounding of tensor cores are invisible to an interpreter: test_tri
 
 import pytest
 import torch
-from cases import MATCH_CASES, MERGE_CASES, MatchCase, MergeCase
+from cases import MATCH_CASES, MERGE_CASES, TWO_WAY_CASES, MatchCase, MergeCase
 from oracle import check_assign, check_merge, edge_scores
 from triton_interpreter import interpreter
 
@@ -32,11 +32,11 @@ def same(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 
 
-@by_id(MATCH_CASES)
+@by_id(MATCH_CASES + TWO_WAY_CASES)
 def test_match(case, triton):
     metric, weight = case.metric(), case.weight()
-    assign = triton("match", metric, case.r, case.p, weight, power=case.power)
-    check_assign(assign, metric, case.r, case.p, weight, case.power)
+    assign = triton("match", metric, case.r, case.p, weight, **case.keywords)
+    check_assign(assign, metric, case.r, case.p, weight, **case.keywords)
 
 
 @by_id(MATCH_MERGE_CASES)
@@ -89,6 +89,24 @@ def test_one_image_alone_equals_the_batch(dtype, triton):
         assert all(same(one, whole[b : b + 1]) for one, whole in zip(alone, batch, strict=True))
 
 
+def test_both_ways_of_one_image_alone_equal_the_batch(triton):
+    case = MatchCase(B=3, N=150, r=70, trap="duplicates", weighted=True, power=2.0, two_way=True)
+    metric, weight = case.metric(), case.weight()
+    batch = triton("match", metric, case.r, case.p, weight, **case.keywords)
+    for b in range(case.B):
+        alone = triton("match", metric[b : b + 1], case.r, case.p, weight[b : b + 1], **case.keywords)
+        assert same(alone, batch[b : b + 1])
+
+
+@pytest.mark.parametrize("weighted", [False, True], ids=["cosine", "weighted"])
+def test_the_way_back_has_the_scores_of_the_way_there(weighted, triton):
+    """No a leaves at r = 1, so that the best of all edges is the same number in both directions."""
+    case = MatchCase(B=2, N=197, H=2, D=72, r=1, trap="alike", weighted=weighted, power=2.0, two_way=True)
+    triton("match", case.metric(), case.r, case.p, case.weight(), **case.keywords)
+    there, back = (triton.launched[kernel]["edge_ptr"] for kernel in ("edges_kernel", "back_kernel"))
+    assert torch.equal(there.amax(1), back.amax(1))
+
+
 def test_nearly_tied_keys(triton):
     """ViT-like keys, whose deciding gaps are 1e-5; float64 decides a few of the images by more than the margin."""
     g = torch.Generator().manual_seed(0)
@@ -138,6 +156,8 @@ def test_rows_ranked_by_a_kernel_of_their_own(triton):
     assign = triton("match", metric, case.r, case.p)
     assert list(triton.launched) == ["unit_kernel", "edges_kernel", "rank_kernel", "assign_kernel"]
     check_assign(assign, metric, case.r, case.p)
+    assign = triton("match", metric, case.r, case.p, two_way=True)
+    check_assign(assign, metric, case.r, case.p, two_way=True)
 
 
 @pytest.mark.parametrize("kind,reduce", [("hostile", "mean"), ("one", "sum"), ("random", "amax")])
@@ -159,6 +179,8 @@ def test_the_kernels_are_what_runs(triton):
     case = MatchCase(N=9, C=3, D=2, r=2)
     triton("match_merge", case.x(), case.metric(), case.r, case.p, case.size())
     assert list(triton.launched) == ["unit_kernel", "edges_kernel", "assign_kernel", "merge_kernel"]
+    triton("match", case.metric(), case.r, two_way=True)
+    assert list(triton.launched) == ["unit_kernel", "edges_kernel", "assign_kernel", "back_kernel", "follow_kernel"]
     triton("unmerge", case.x(), torch.zeros(2, 4, dtype=torch.int32))
     assert list(triton.launched) == ["unmerge_kernel"]
 

@@ -32,8 +32,8 @@ def match(
     may share it, exactly r patches merge whatever r is.
 
     Sources: Bolya et al., "Token Merging: Your ViT But Faster", ICLR 2023, section 3; two ways: Lee et al.,
-    "Multi-criteria Token Fusion with One-step-ahead Attention for Efficient Vision Transformers", CVPR 2024, section
-    3.2. The order of rows and of ties is made explicit.
+    "Multi-criteria Token Fusion with One-step-ahead Attention for Efficient Vision Transformers", CVPR 2024.
+    The order of rows and of ties is made explicit.
 
     Args:
         metric: [B, N, D], or keys [B, H, N, D], whose float32 head mean (in head order) is matched; floating.

@@ -4,6 +4,8 @@
     s_ij    = <unit_ai, unit_bj>       weighted: (max((s_ij + 1) / 2, 0)^power * weight_i) * weight_j;  NaN: -inf
     edge_i  = max_j s_ij, at its lowest column;   rank_i = #{o: edge_o > edge_i, or equal and o < i}
     assign  = rank_i < r ? p + Na - r + column_i : p + the kept a before i
+Two ways, r / 2 leave a like that; then back_j = max_i s_ij over the kept a, and what is in the row of b_j goes
+    rank_j < r_b ? p + the kept a before row_j : p + Na - r_a + rank_j - r_b,    r_a = r / 2, r_b = r - r_a
 
 unit_kernel    BN tokens of an image -> scratch [B, N, 3, DP] bfloat16, each unit row as the sum of three terms, which
                together hold the 24 bits of a float32; DP = D padded with zeros to chunks of 64.
@@ -12,6 +14,8 @@ edges_kernel   BM rows a of an image, over tiles of BN columns b. A product is s
                same order, so equal rows have bitwise-equal scores. No score leaves the registers.
 rank_kernel    BI rows a of an image against all others, Na^2 comparisons; only where Na > _RANKED_IN_ASSIGN.
 assign_kernel  an image: ranks its rows (up to there), numbers the kept ones with a running cumsum, writes assign.
+back_kernel    BN columns b of an image, over tiles of BM kept rows a: the same tiles, so the same scores.
+follow_kernel  BI tokens of an image: those in the row of a b count the better edges of the others for it.
 
 Floor, DeiT-S keys B=256 H=6 N=197 D=64 bfloat16 on an H200: K once, 38.7 MB = 9.0 us. The scratch, 19.4 MB written once
 and read twice, stays in the 60 MB L2; the products are 6 x 0.32 GFLOP, 2.4 us of the tensor cores.
@@ -23,6 +27,10 @@ Registers and shared memory, no spills        sm_80          sm_90          sm_1
     edges_kernel, D > 64                      210, 12 KB     110, 36 KB     96, 36 KB      156, 8 KB
     rank_kernel                               76             71             71             30
     assign_kernel, N = 197                    64             64             64             44
+    back_kernel, D <= 64                      168, 32 KB     112, 48 KB     168, 48 KB     168, 8 KB
+    back_kernel, D <= 64, weight and power    160, 20 KB     88, 36 KB      168, 36 KB     216, 8 KB
+    back_kernel, D > 64, weight and power     232, 12 KB     140, 36 KB     168, 36 KB     236, 8 KB
+    follow_kernel                             64             64             64             34
 """
 
 import torch
@@ -107,6 +115,25 @@ def _dot6(a_at, b_at, a_in, b_in, DP: tl.constexpr):
     return tl.dot(a0, b0, total)
 
 
+@triton.jit
+def _score_tile(
+    a_at, b_at, a_in, b_in, weight_ptr, a_n, b_n, power, POWER: tl.constexpr, DP: tl.constexpr, BD: tl.constexpr
+):
+    """[BM, BN] float32, NaN among them: rows a at a_at [BM, BD] and a_n [BM] against columns b at b_at [BD, BN]."""
+    score = tl.zeros([a_at.shape[0], b_at.shape[1]], tl.float32)
+    for k in range(0, DP, BD):
+        # Tensor cores truncate their sums. Each chunk starts a sum of its own and is added here, rounded to
+        # nearest: simulated at D = 1024, 4e-7 off, where one long chain is 8e-6 off.
+        score += _dot6(a_at + k, b_at + k, a_in[:, None], b_in[None, :], DP)
+    if weight_ptr is not None:
+        score = tl.maximum((score + 1.0) * 0.5, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        if POWER:
+            score = tl.where(power == 0.0, 1.0, tl.exp2(power * tl.log2(score)))
+        score *= tl.load(weight_ptr + a_n, mask=a_in, other=0.0)[:, None]
+        score *= tl.load(weight_ptr + b_n, mask=b_in, other=0.0)[None, :]
+    return score
+
+
 @triton.jit(do_not_specialize=["N", "prefix", "Na", "Nb"])
 def edges_kernel(
     unit_ptr,  # [B, N, 3, DP] bfloat16
@@ -130,32 +157,61 @@ def edges_kernel(
     d = tl.arange(0, BD)
     a_n = b * N + prefix + prefix % 2 + 2 * i
     a_at = unit_ptr + a_n[:, None] * (3 * DP) + d[None, :]
-    a_in = (i < Na)[:, None]
     best = tl.full([BM], float("-inf"), tl.float32)
     column = tl.zeros([BM], tl.int32)
     for start in range(0, Nb, BN):
         j = start + tl.arange(0, BN)
         b_n = b * N + prefix + 1 - prefix % 2 + 2 * j
         b_at = unit_ptr + b_n[None, :] * (3 * DP) + d[:, None]
-        b_in = (j < Nb)[None, :]
-        score = tl.zeros([BM, BN], tl.float32)
-        for k in range(0, DP, BD):
-            # Tensor cores truncate their sums. Each chunk starts a sum of its own and is added here, rounded to
-            # nearest: simulated at D = 1024, 4e-7 off, where one long chain is 8e-6 off.
-            score += _dot6(a_at + k, b_at + k, a_in, b_in, DP)
-        if weight_ptr is not None:
-            score = tl.maximum((score + 1.0) * 0.5, 0.0, propagate_nan=tl.PropagateNan.ALL)
-            if POWER:
-                score = tl.where(power == 0.0, 1.0, tl.exp2(power * tl.log2(score)))
-            score *= tl.load(weight_ptr + a_n, mask=i < Na, other=0.0)[:, None]
-            score *= tl.load(weight_ptr + b_n, mask=j < Nb, other=0.0)[None, :]
-        score = tl.where(b_in & (score == score), score, float("-inf"))
+        score = _score_tile(a_at, b_at, i < Na, j < Nb, weight_ptr, a_n, b_n, power, POWER, DP, BD)
+        score = tl.where((j < Nb)[None, :] & (score == score), score, float("-inf"))
         tile_best = tl.max(score, 1)
         tile_column = tl.min(tl.where(score == tile_best[:, None], j[None, :], 2147483647), 1)
         column = tl.where(tile_best > best, tile_column, column)
         best = tl.maximum(tile_best, best)
     tl.store(edge_ptr + b * Na + i, best, mask=i < Na)
     tl.store(column_ptr + b * Na + i, column, mask=i < Na)
+
+
+@triton.jit(do_not_specialize=["N", "prefix", "Nk", "Nb"])
+def back_kernel(
+    unit_ptr,  # [B, N, 3, DP] bfloat16
+    weight_ptr,  # [B, N] float32 or None
+    kept_ptr,  # [B, Nk] int32: the a that stayed, ascending
+    edge_ptr,  # [B, Nb] float32
+    row_ptr,  # [B, Nb] int32: of the kept
+    N,
+    prefix,
+    Nk,
+    Nb,
+    power,
+    POWER: tl.constexpr,
+    DP: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BD: tl.constexpr,
+):
+    blocks = tl.cdiv(Nb, BN)
+    b = (tl.program_id(0) // blocks).to(tl.int64)
+    j = tl.program_id(0) % blocks * BN + tl.arange(0, BN)
+    d = tl.arange(0, BD)
+    b_n = b * N + prefix + 1 - prefix % 2 + 2 * j
+    b_at = unit_ptr + b_n[None, :] * (3 * DP) + d[:, None]
+    best = tl.full([BN], float("-inf"), tl.float32)
+    row = tl.zeros([BN], tl.int32)
+    for start in range(0, Nk, BM):
+        c = start + tl.arange(0, BM)
+        i = tl.load(kept_ptr + b * Nk + c, mask=c < Nk, other=0)
+        a_n = b * N + prefix + prefix % 2 + 2 * i
+        a_at = unit_ptr + a_n[:, None] * (3 * DP) + d[None, :]
+        score = _score_tile(a_at, b_at, c < Nk, j < Nb, weight_ptr, a_n, b_n, power, POWER, DP, BD)
+        score = tl.where((c < Nk)[:, None] & (score == score), score, float("-inf"))
+        tile_best = tl.max(score, 0)
+        tile_row = tl.min(tl.where(score == tile_best[None, :], c[:, None], 2147483647), 0)
+        row = tl.where(tile_best > best, tile_row, row)
+        best = tl.maximum(tile_best, best)
+    tl.store(edge_ptr + b * Nb + j, best, mask=j < Nb)
+    tl.store(row_ptr + b * Nb + j, row, mask=j < Nb)
 
 
 @triton.jit
@@ -191,6 +247,7 @@ def assign_kernel(
     edge_ptr,  # [B, Na] float32
     column_ptr,  # [B, Na] int32
     rank_ptr,  # [B, Na] int32 or None: ranked here
+    kept_ptr,  # [B, Na - r] int32 or None
     assign_ptr,  # [B, N] int32
     N,
     prefix,
@@ -217,13 +274,43 @@ def assign_kernel(
         kept = ((rank >= r) & (i < Na)).to(tl.int32)
         row = tl.where(rank < r, first_b_row + column, kept_before + tl.cumsum(kept, 0) - 1)
         tl.store(assign_ptr + prefix + prefix % 2 + 2 * i, row, mask=i < Na)
+        if kept_ptr is not None:
+            tl.store(kept_ptr + b * (Na - r) + row - prefix, i, mask=kept != 0)
         kept_before += tl.sum(kept, 0)
     for start in range(0, Nb, BI):
         j = start + lane
         tl.store(assign_ptr + prefix + 1 - prefix % 2 + 2 * j, first_b_row + j, mask=j < Nb)
 
 
-def launch_match(metric: Tensor, r: int, prefix: int, weight: Tensor | None = None, power: float = 1.0) -> Tensor:
+@triton.jit(do_not_specialize=["N", "prefix", "Nk", "Nb", "r_b"])
+def follow_kernel(
+    edge_ptr,  # [B, Nb] float32
+    row_ptr,  # [B, Nb] int32
+    assign_ptr,  # [B, N] int32: of the way from a to b; each entry is replaced by itself alone
+    N,
+    prefix,
+    Nk,
+    Nb,
+    r_b,
+    BI: tl.constexpr,
+    BO: tl.constexpr,
+):
+    blocks = tl.cdiv(N - prefix, BI)
+    b = (tl.program_id(0) // blocks).to(tl.int64)
+    n = prefix + tl.program_id(0) % blocks * BI + tl.arange(0, BI)
+    at = assign_ptr + b * N + n
+    first_b_row = prefix + Nk
+    j = tl.load(at, mask=n < N, other=0) - first_b_row
+    in_b = (n < N) & (j >= 0)
+    j = tl.where(in_b, j, Nb)
+    rank = _rank(edge_ptr + b * Nb, j, Nb, BI, BO)
+    into = tl.load(row_ptr + b * Nb + j, mask=in_b, other=0)
+    tl.store(at, tl.where(rank < r_b, prefix + into, first_b_row + rank - r_b), mask=in_b)
+
+
+def launch_match(
+    metric: Tensor, r: int, prefix: int, weight: Tensor | None = None, power: float = 1.0, two_way: bool = False
+) -> Tensor:
     """match for arguments that are checked."""
     metric = inner_contiguous(metric)
     B, N, D = metric.shape[0], *metric.shape[-2:]
@@ -242,6 +329,9 @@ def launch_match(metric: Tensor, r: int, prefix: int, weight: Tensor | None = No
     unit = metric.new_empty(B, N, 3, DP, dtype=torch.bfloat16)
     edge = metric.new_empty(B, Na, dtype=torch.float32)
     column = metric.new_empty(B, Na, dtype=torch.int32)
+    r_a = r // 2 if two_way else r
+    Nk = Na - r_a
+    kept = metric.new_empty(B, Nk, dtype=torch.int32) if two_way else None
     rank = None if Na <= _RANKED_IN_ASSIGN else metric.new_empty(B, Na, dtype=torch.int32)
     with torch.cuda.device_of(metric):
         rows = max(1, 2048 // chunk)
@@ -255,7 +345,15 @@ def launch_match(metric: Tensor, r: int, prefix: int, weight: Tensor | None = No
         BO = 2048 // BI
         if rank is not None:
             rank_kernel[(B * triton.cdiv(Na, 128),)](edge, rank, Na, BI=128, BO=16)
-        assign_kernel[(B,)](edge, column, rank, assign, N, prefix, Na, Nb, r, BI=BI, BO=BO)
+        assign_kernel[(B,)](edge, column, rank, kept, assign, N, prefix, Na, Nb, r_a, BI=BI, BO=BO)
+        if two_way:
+            edge, row = metric.new_empty(B, Nb, dtype=torch.float32), metric.new_empty(B, Nb, dtype=torch.int32)
+            back_kernel[(B * triton.cdiv(Nb, BN),)](
+                unit, weight, kept, edge, row, N, prefix, Nk, Nb, power, power != 1.0, DP, 64, BN, 64, num_stages=1
+            )
+            follow_kernel[(B * triton.cdiv(N - prefix, 128),)](
+                edge, row, assign, N, prefix, Nk, Nb, r - r_a, BI=128, BO=16
+            )
     return assign
 
 
@@ -269,7 +367,5 @@ def match_triton(
     two_way: bool = False,
 ) -> Tensor:
     _check.match(metric, r, prefix, weight)
-    if two_way:
-        raise NotImplementedError("match: two_way=True is not implemented yet")
     refuse_float64("match", "metric", metric)
-    return launch_match(metric, r, prefix, weight, power)
+    return launch_match(metric, r, prefix, weight, power, two_way)

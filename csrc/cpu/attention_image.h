@@ -86,7 +86,10 @@ class AttentionHead {
     }
     memset(column_, 0, columns_ * sizeof(T));
     if (one_block_) {
-      if (head != packed_) pack(0);
+      if (head != packed_) {
+        pack(0);
+        next_head(head + 1);
+      }
       packed_ = head;
       for (int64_t i = first_; i < last_; i += kTile) tile(i, 0, true, true);
       if (mean) add_columns();
@@ -120,6 +123,22 @@ class AttentionHead {
       index_[n_++] = int32_t(j + i);
     }
     products_.finish(n_);
+  }
+
+  // The rows of the next head wait in the third-level cache, in runs of D that the hardware does not prefetch.
+  void next_head(int64_t head) {
+    const int64_t b = head / a_.H, h = head % a_.H;
+    ahead_ = b < a_.B ? 0 : a_.N;
+    next_[0] = static_cast<const E*>(a_.k.data) + b * a_.k.s_b + h * a_.k.s_h;
+    next_[1] = static_cast<const E*>(a_.v.data) + b * a_.v.s_b + h * a_.v.s_h;
+    next_[2] = static_cast<const E*>(a_.q.data) + b * a_.q.s_b + h * a_.q.s_h;
+  }
+  void prefetch_ahead() {
+    if (ahead_ >= a_.N) return;
+    const E* rows[3] = {next_[0] + ahead_ * a_.k.s_n, next_[1] + ahead_ * a_.v.s_n, next_[2] + ahead_ * a_.q.s_n};
+    for (int t = 0; t < 3; ++t)
+      for (int64_t d = 0; d < a_.D; d += 64 / int64_t(sizeof(E))) __builtin_prefetch(rows[t] + d, 0, 2);
+    ++ahead_;
   }
 
   void set_queries(int64_t i, int64_t count) {
@@ -181,7 +200,8 @@ class AttentionHead {
   void masses_of(const Vec<T> (&m)[kVectors], Vec<T> (&l)[kVectors]) {
     T* mass = mass_;
     const T* size = size_;
-    for (int64_t j = 0; j < n_; ++j)
+    for (int64_t j = 0; j < n_; ++j) {
+      if (j % 2 == 0) prefetch_ahead();
       for (int u = 0; u < kVectors; ++u) {
         T* at = mass + j * kTile + u * W;
         Vec<T> p = exp2_lanes(load(at) * factor_ - m[u]);
@@ -189,6 +209,7 @@ class AttentionHead {
         l[u] += p;
         store(at, p);
       }
+    }
   }
 
   // The scores of a tile whose masses are in mass_.
@@ -253,5 +274,7 @@ class AttentionHead {
   int32_t* index_;
   T *mass_, *column_, *highest_, *total_, *running_;
   T* partial_ = nullptr;
+  const E* next_[3];
+  int64_t ahead_ = 1 << 30;
   int64_t b_ = 0, h_ = 0, first_ = 0, last_ = 0, n_ = 0, packed_ = -1;
 };

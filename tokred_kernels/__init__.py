@@ -5,7 +5,8 @@
 
 Ops: attention, attention_scores, match, match_merge, merge, topk, topk_gather, unmerge; for clusters: knn, medoids,
 nearest, pairwise_distance, separation. Each is also torch.ops.tokred.*.
-Models: apply, remove, trace; load_metr, exit_logits; policy_logits. Schedules and MACs: schedule.
+Models: apply, remove, trace; load_metr, add_exits, exit_logits, remove_exits; two_passes; policy_logits. Losses and
+the warm-up of keep rates: training. Schedules and MACs: schedule.
 Fixed and random partitions beside match: partition. Backends: info, use_backend.
 """
 
@@ -31,6 +32,7 @@ from .trace import trace  # eagerly: imported later, the module of that name wou
 
 __version__ = "0.1.0"
 __all__ = [
+    "add_exits",
     "apply",
     "attention",
     "attention_scores",
@@ -47,27 +49,33 @@ __all__ = [
     "partition",
     "policy_logits",
     "remove",
+    "remove_exits",
     "schedule",
     "separation",
     "topk",
     "topk_gather",
     "trace",
+    "training",
+    "two_passes",
     "unmerge",
     "use_backend",
 ]
 
 # These need timm, which takes seconds to import: on first use.
 _LAZY = {
+    "add_exits": "models.metr",
     "apply": "models.timm",
     "exit_logits": "models.metr",
     "load_metr": "models.metr",
     "policy_logits": "models.dynamicvit",
     "remove": "models.timm",
+    "remove_exits": "models.metr",
+    "two_passes": "models.mctf",
 }
 
 
 def __getattr__(name: str):
-    if name in ("partition", "schedule"):
+    if name in ("partition", "schedule", "training"):
         return importlib.import_module(f".{name}", __name__)
     if name in _LAZY:
         return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)

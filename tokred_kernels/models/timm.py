@@ -246,9 +246,9 @@ class _Reduced:
     def _embed(self, x: Tensor) -> Tensor:
         return self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
 
-    def _schedule(self, x: Tensor) -> tuple[int | None, ...]:
+    def _schedule(self, x: Tensor, method: methods.Method | None = None) -> tuple[int | None, ...]:
         """r of each block for tokens x [B, N, C] that enter the first; None where nothing is removed throughout."""
-        removed = self.tokred_method.schedule(self.tokred_depth, x.shape[1] - self.num_prefix_tokens)
+        removed = (method or self.tokred_method).schedule(self.tokred_depth, x.shape[1] - self.num_prefix_tokens)
         removed = removed[: len(self.blocks)]
         return removed if any(removed) else (None,) * len(removed)
 

@@ -174,7 +174,7 @@ BAD = {
     "unknown model": (["--model", "deit_smal_patch16_224", "-o", "a.png"], "deit_small_patch16_224"),
     "no VisionTransformer": (["--model", "resnet18", "-o", "a.png"], "ResNet"),
     "unknown method": (["--model", MODEL, "--method", "magic", "-o", "a.png"], "magic"),
-    "option of another method": (["--model", MODEL, "--keep-rate", "0.5", "-o", "a.png"], "keep_rate"),
+    "option of another method": (["--model", MODEL, "--method", "topk", "--r", "5", "-o", "a.png"], "no option 'r'"),
     "keep rate is no number": (["--model", MODEL, "--keep-rate", "half", "-o", "a.png"], "--keep-rate"),
     "stages are no numbers": (["--model", MODEL, "--stages", "early", "-o", "a.png"], "--stages"),
     "r is negative": (["--model", MODEL, "--r", "-1", "-o", "a.png"], "-1"),

@@ -7,7 +7,7 @@ Ops: attention, attention_scores, match, match_merge, merge, topk, topk_gather, 
 nearest, pairwise_distance, separation. Each is also torch.ops.tokred.*.
 Models: apply, remove, trace; load_metr, add_exits, exit_logits, remove_exits; two_passes; policy_logits. Losses and
 the warm-up of keep rates: training. Schedules and MACs: schedule.
-Fixed and random partitions beside match: partition. Backends: info, use_backend.
+Fixed and random partitions beside match: partition. Patterns compared: analysis. Backends: info, use_backend.
 """
 
 import importlib
@@ -33,6 +33,7 @@ from .trace import trace  # eagerly: imported later, the module of that name wou
 __version__ = "0.1.0"
 __all__ = [
     "add_exits",
+    "analysis",
     "apply",
     "attention",
     "attention_scores",
@@ -75,7 +76,7 @@ _LAZY = {
 
 
 def __getattr__(name: str):
-    if name in ("partition", "schedule", "training"):
+    if name in ("analysis", "partition", "schedule", "training"):
         return importlib.import_module(f".{name}", __name__)
     if name in _LAZY:
         return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)

@@ -1,6 +1,7 @@
 """What was merged where: `with trace(model) as t: model(images)`, then `t.source`."""
 
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -43,24 +44,25 @@ class Forward:
         first = self._identity.new_full(self._identity.shape[:1], self.tokens[0], dtype=torch.int64)
         return torch.stack([first, *self._counts], 1)
 
-    @property
-    def source(self) -> Tensor:
-        """[B, N0] int32: the final row of every token that entered the first block, -1 if dropped."""
-        source = self._identity
-        for assign in self.assign:
-            source = compose(source, assign)
-        return source
-
-    @property
-    def in_fused(self) -> Tensor:
-        """[B, N0] bool: whether a token was fused in some block. Its `source` is then the row of that fused token,
-        wherever later blocks moved it, or of the later fused token that took it in."""
+    def steps(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """(source, in_fused) as they are after each block."""
         source, inside = self._identity, torch.zeros_like(self._identity, dtype=torch.bool)
         for assign, row in zip(self.assign, self.fused, strict=True):
             source = compose(source, assign)
             if row is not None:
                 inside = inside | (source == row)
-        return inside
+            yield source, inside
+
+    @property
+    def source(self) -> Tensor:
+        """[B, N0] int32: the final row of every token that entered the first block, -1 if dropped."""
+        return list(self.steps())[-1][0]
+
+    @property
+    def in_fused(self) -> Tensor:
+        """[B, N0] bool: whether a token was fused in some block. Its `source` is then the row of that fused token,
+        wherever later blocks moved it, or of the later fused token that took it in."""
+        return list(self.steps())[-1][1]
 
 
 class trace:

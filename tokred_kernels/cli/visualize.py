@@ -1,9 +1,7 @@
 """Draw on photographs which patches a method drops, merges and fuses, block by block, as one PNG."""
 
 import argparse
-import dataclasses
 import io
-import itertools
 from pathlib import Path
 from typing import NamedTuple
 
@@ -77,10 +75,9 @@ class _Step(NamedTuple):
 def _steps(forward: Forward, prefix: int) -> list[_Step]:
     """The blocks of a traced forward of one image that left fewer tokens than they got."""
     steps = []
-    for block, (before, left) in enumerate(itertools.pairwise(forward.tokens)):
+    for block, (source, fused) in enumerate(forward.steps()):
+        before, left = forward.tokens[block : block + 2]
         if left < before:
-            done = slice(block + 1)
-            so_far = dataclasses.replace(forward, assign=forward.assign[done], fused=forward.fused[done])
-            source, fused = so_far.source[0, prefix:], so_far.in_fused[0, prefix:]
+            source, fused = source[0, prefix:], fused[0, prefix:]
             steps.append(_Step(block, left, source, set(source[fused].tolist()) - {-1}))
     return steps

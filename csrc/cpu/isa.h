@@ -81,6 +81,8 @@ struct PairwiseImage {
   int64_t N, C, s_n;
   double scale;
   Dtype dtype;
+  const char* ahead;  // the next image, as in MatchImage
+  int64_t ahead_bytes;
 };
 
 // The distances of an image, in their wide dtype.

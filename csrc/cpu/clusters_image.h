@@ -47,21 +47,22 @@ inline const T* row_of(const DistanceView& d, int64_t i) {
   return static_cast<const T*>(d.data) + i * d.s_n;
 }
 
-// The ascending lists of kLanes rows, one a lane: column j, with values v, comes behind all that are not larger.
+// The ascending lists of kLanes rows, one a lane: column j, with values v, comes behind all that are not larger, and
+// these move up by one.
 template <class T>
 inline void insert(Vec<T> v, int64_t j, int64_t k, Vec<T>* value, Index<T>* index) {
-  const Index<T> mine = Index<T>{} + typename Vector<T>::integer(j);
-  int64_t s = k - 1;
-  if (j < k) s = j, value[j] = v, index[j] = mine;
-  Index<T> before = v < value[s];
-  for (; s > 0; --s) {
-    const Index<T> moves = v < value[s - 1];
-    value[s] = moves ? value[s - 1] : before ? v : value[s];
-    index[s] = moves ? index[s - 1] : before ? mine : index[s];
-    before = moves;
+  Vec<T> moving = v;
+  Index<T> moving_index = Index<T>{} + typename Vector<T>::integer(j);
+  const int64_t length = j < k ? j : k;
+  for (int64_t s = 0; s < length; ++s) {
+    const Vec<T> there = value[s];
+    const Index<T> there_index = index[s], larger = there > v;
+    value[s] = larger ? moving : there;
+    index[s] = larger ? moving_index : there_index;
+    moving = larger ? there : moving;
+    moving_index = larger ? there_index : moving_index;
   }
-  value[0] = before ? v : value[0];
-  index[0] = before ? mine : index[0];
+  if (j < k) value[j] = moving, index[j] = moving_index;
 }
 
 template <class T>

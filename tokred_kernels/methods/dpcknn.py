@@ -63,7 +63,7 @@ class DPCKNN(BeforeBlock):
         assign = to_assign(torch.ops.tokred.nearest(distance, centres, pin=True), prefix)
         weight = None
         if not self.equal_weight:
-            score = block.tokred_part["score"](patches).squeeze(2).to(distance.dtype)
+            score = block.tokred_part["score"](x).squeeze(2)[:, prefix:].to(distance.dtype)  # of patches alone: a copy
             weight = F.pad((score - score.detach().amax(1, keepdim=True)).exp(), (prefix, 0), value=1.0)
         x = torch.ops.tokred.merge(x, assign, prefix + keep, weight=weight)[0]
         return x, size, assign

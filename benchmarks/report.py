@@ -20,7 +20,7 @@ from tokred_kernels._backend import ATTENTION
 from tokred_kernels.cli import images, machine, variants
 from tokred_kernels.cli.timing import interleave, keep_freed_memory
 
-from . import cases, cpu_attention, goals, noise_free, results
+from . import cases, clusters, cpu_attention, goals, noise_free, results
 
 DEIT_S = "deit_small_patch16_224"
 R = 13
@@ -167,7 +167,8 @@ def measure(rounds: int) -> dict:
     keep_freed_memory()
     with torch.inference_mode():
         models, table = model_figures(rounds)
-        figures = {**step_figures(rounds), **attention_figures(rounds), **models, **noise_free_figures()}
+        steps = {**step_figures(rounds), **clusters.cluster_figures(rounds)}
+        figures = {**steps, **attention_figures(rounds), **models, **noise_free_figures()}
     return {**results.provenance(), "rounds": rounds, "figures": figures, "models": table}
 
 

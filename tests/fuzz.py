@@ -1,7 +1,7 @@
 """Random cases of every op against the float64 oracle: `make fuzz`, or `python -m tests.fuzz --cases 100000 --seed 1`.
 
-Each case is a MatchCase, a MergeCase, a TopkCase or an AttentionCase with random fields, run by one of the CPU's
-instruction sets; a failure prints its recipe.
+Each case is a MatchCase, a MergeCase, a TopkCase, an AttentionCase or a ClusterCase with random fields, run by one of
+the CPU's instruction sets; a failure prints its recipe.
 """
 
 import argparse
@@ -14,9 +14,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 
 import attention_oracle
+import cluster_oracle
 import topk_oracle
 from attention_cases import ATTENTION_CASES, DIFFERENTIABLE, SIZES, AttentionCase
 from cases import ISAS, MATCH_CASES, MERGE_CASES, MatchCase, MergeCase
+from cluster_cases import TRAPS as CLUSTER_TRAPS
+from cluster_cases import UPDATES, ClusterCase
 from oracle import check_assign, check_merge
 from topk_cases import FUSE, TRAPS, TopkCase
 
@@ -103,6 +106,23 @@ def random_attention(rng: random.Random, seed: int) -> AttentionCase:
     )
 
 
+def random_cluster(rng: random.Random, seed: int) -> ClusterCase:
+    N = rng.choice((0, 1, 2, rng.randint(3, 40), rng.randint(3, 90)))
+    return ClusterCase(
+        B=rng.randint(1, 3),
+        N=N,
+        C=rng.choice((1, 3, 8, 17, 64, 100)),
+        K=rng.choice((0, 1, N // 3, N, N + 2, rng.randint(0, 40))),
+        k=rng.choice((0, 1, 5, N, N + 2, rng.randint(0, 20))),
+        dtype=rng.choice(DTYPES),
+        other=rng.choice((torch.float32, *DTYPES)),
+        trap=rng.choice(("random", *CLUSTER_TRAPS)),
+        layout=rng.choice(("contiguous", "contiguous", "sliced", "inner", "expanded", "transposed")),
+        scale=rng.choice((1.0, 0.05)),
+        seed=seed,
+    )
+
+
 def run_match(case: MatchCase) -> None:
     x, metric, size, weight = case.x(), case.metric(), case.size(), case.weight()
     assign = tokred.match(metric, case.r, case.p, weight, **case.keywords)
@@ -138,7 +158,19 @@ def run_attention(case: AttentionCase) -> None:
         attention_oracle.check_gradients(case, grads)
 
 
-RUN = {random_match: run_match, random_topk: run_topk, random_attention: run_attention}
+def run_cluster(case: ClusterCase) -> None:
+    x, d, centres, label, weight = case.x(), case.distance(), case.centres(), case.label(), case.weight()
+    cluster_oracle.check_pairwise(tokred.pairwise_distance(x, scale=case.scale), x, case.scale)
+    cluster_oracle.check_knn(tokred.knn(d, case.k), d, case.k)
+    cluster_oracle.check_separation(tokred.separation(d, case.density()), d, case.density())
+    for pin in (False, True):
+        cluster_oracle.check_nearest(tokred.nearest(d, centres, pin=pin), d, centres, pin)
+    for update in UPDATES:
+        got = tokred.medoids(d, label, centres, weight, update=update)
+        cluster_oracle.check_medoids(got, d, label, centres, weight, update)
+
+
+RUN = {random_match: run_match, random_topk: run_topk, random_attention: run_attention, random_cluster: run_cluster}
 
 
 def available_isas() -> list[str]:
@@ -157,7 +189,9 @@ def fuzz(cases: int, seed: int, report_every: int = 10_000) -> None:
     for n in range(cases):
         isa = isas[n % len(isas)]
         reduce = rng.choice(("mean", "sum", "amax"))
-        (make,) = rng.choices((random_match, random_merge, random_topk, random_attention), (2, 2, 1, 1))
+        (make,) = rng.choices(
+            (random_match, random_merge, random_topk, random_attention, random_cluster), (4, 4, 2, 2, 1)
+        )
         case = make(rng, seed * 1_000_003 + n)
         try:
             with tokred.use_backend("cpu", isa=isa):

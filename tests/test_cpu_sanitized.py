@@ -126,6 +126,22 @@ print("clean")
     assert done.returncode == 0 and "clean" in done.stdout, done.stderr[-3000:]
 
 
+def test_table_of_clusters(run):
+    """A quarter of the small ones on each instruction set."""
+    code = """
+from fuzz import available_isas, run_cluster
+from cluster_cases import CLUSTER_CASES, with_float64
+import tokred_kernels as tokred
+small = [case for case in with_float64(CLUSTER_CASES) if case.small]
+for n, isa in enumerate(available_isas()):
+    with tokred.use_backend("cpu", isa=isa):
+        for case in small[n::4]: run_cluster(case)
+print("clean")
+"""
+    done = run(code)
+    assert done.returncode == 0 and "clean" in done.stdout, done.stderr[-3000:]
+
+
 def test_table_of_attention_cases(run):
     """A quarter of the small ones on each instruction set, and what reaches past one block of keys."""
     code = """

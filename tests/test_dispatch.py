@@ -9,7 +9,7 @@ from cases import MATCH_CASES, MERGE_CASES, TWO_WAY_CASES
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import tokred_kernels as tokred
-from tokred_kernels._backend import OPS
+from tokred_kernels._backend import OPS, TRITON_ONLY
 
 ops = torch.ops.tokred
 
@@ -190,12 +190,15 @@ def test_use_backend_refuses(call, error, message):
 
 
 def test_every_op_has_a_kernel_on_cuda_and_info_names_it():
-    """attention_backward has no CUDA C++ form: it is Triton's also where _cuda is loaded."""
+    """An op without a CUDA C++ form is Triton's also where _cuda is loaded."""
     found = tokred.info()
     for op in OPS:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"tokred::{op}", "CUDA"), op
     built = "triton" if "cuda" in found["reasons"] else "cuda"
-    assert {op: found[op]["cuda"] for op in OPS} == {**dict.fromkeys(OPS, built), "attention_backward": "triton"}
+    assert {op: found[op]["cuda"] for op in OPS} == {
+        **dict.fromkeys(OPS, built),
+        **dict.fromkeys(TRITON_ONLY, "triton"),
+    }
 
 
 def run(code: str, **env: str) -> str:

@@ -91,7 +91,8 @@ class ToMe(Staged):
         N = k.shape[2]
         assign = torch.ops.tokred.match(k, r, prefix)
         left = N - max(0, min(r, (N - prefix) // 2))
-        if self.r is not None or left == N - r:
+        in_rounds = self.keep_rate is not None or self.tokens is not None  # not self.r, which would recompile for each
+        if not in_rounds or left == N - r:
             return assign, left
         metric, last = k.to(torch.promote_types(k.dtype, torch.float32)).mean(1), assign
         while left > N - r:

@@ -7,8 +7,8 @@ Floor, B=256 N=196 on an H200: distances once, 39 MB = 8.2 us. A single image is
 at about 50 GB/s: 3 us.
 
 Registers and shared memory, no spills        sm_80          sm_90          sm_100         gfx942
-    separation_kernel, N = 196                64, 128 B      72, 128 B      72, 128 B      61, 128 B
-    separation_kernel, N = 576                126, 1 KB      116, 1 KB      109, 1 KB      59, 1 KB
+    separation_kernel, N = 196                56, 128 B      56, 128 B      56, 128 B      62, 64 B
+    separation_kernel, N = 576                71, 512 B      64, 512 B      71, 512 B      62, 64 B
 """
 
 import torch

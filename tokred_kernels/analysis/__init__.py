@@ -7,9 +7,9 @@
     pattern = analysis.patterns(traced.last, model.num_prefix_tokens)  # [B, blocks, P]
     analysis.iou(analysis.kept(pattern[:, 9]), analysis.kept(other[:, 9])).mean()
 
-Patterns: patterns, kept, labels, depths. Kept sets: iou, ioa, pack, pairwise_iou. Clusters: clusterings.
-Features: linear_cka, procrustes, cca, pwcca. Maps of mean depth: kl, js, pearson, spearman, emd, sim.
-Do patterns predict accuracy: proxy.
+Patterns: patterns, kept, labels, depths; recorded: observe, Header, Writer, Record, check_comparable.
+Kept sets: iou, ioa, pack, pairwise_iou. Clusters: clusterings. Features: linear_cka, procrustes, cca, pwcca.
+Maps of mean depth: kl, js, pearson, spearman, emd, sim. Do patterns predict accuracy: proxy.
 
 Everything takes and gives NumPy arrays. The definitions are those of Haurum et al., "Which Tokens to Use? Investigating
 Token Reduction in Vision Transformers", ICCVW 2023, where a function does not say otherwise.
@@ -18,14 +18,21 @@ Token Reduction in Vision Transformers", ICCVW 2023, where a function does not s
 from .clusters import Clusterings, clusterings
 from .features import cca, linear_cka, procrustes, pwcca
 from .maps import emd, js, kl, pearson, sim, spearman
-from .patterns import depths, kept, labels, patterns
+from .observed import Observed, observe
+from .pattern import depths, kept, labels, patterns
 from .proxies import Proxy, proxy
+from .record import Header, Record, Writer, check_comparable
 from .sets import ioa, iou, pack, pairwise_iou
 
 __all__ = [
     "Clusterings",
+    "Header",
+    "Observed",
     "Proxy",
+    "Record",
+    "Writer",
     "cca",
+    "check_comparable",
     "clusterings",
     "depths",
     "emd",
@@ -36,6 +43,7 @@ __all__ = [
     "kl",
     "labels",
     "linear_cka",
+    "observe",
     "pack",
     "pairwise_iou",
     "patterns",

@@ -8,10 +8,10 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from . import bench, info, visualize
+from . import analyze, bench, info, visualize
 from .errors import UserError
 
-COMMANDS = {"info": info, "bench": bench, "visualize": visualize}
+COMMANDS = {"info": info, "bench": bench, "visualize": visualize, "analyze": analyze}
 
 
 class _Parser(argparse.ArgumentParser):

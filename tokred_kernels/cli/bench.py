@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import compare, images, machine, method_options, network, plot, table
+from . import arguments, compare, images, machine, method_options, network, plot, table
 from .errors import UserError, check_writable
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -24,13 +24,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--image", nargs="+", default=[], metavar="PATH", help="image files or folders (default: two photographs)")
     add(
         "--batch-size",
-        type=_at_least_one,
+        type=arguments.at_least_one,
         help=f"images a call (default: all of them, {CPU_BATCH_LIMIT} at most; {GPU_BATCH} on a GPU)",
     )
     add("--device", help="cpu or cuda (default: cuda where there is one)")
     add("--dtype", choices=DTYPES, help="default: float32 on cpu, bfloat16 on cuda")
-    add("--threads", type=_at_least_one, help="CPU threads (default: as torch chooses)")
-    add("--rounds", type=_at_least_one, help=f"timing rounds (default: {ROUNDS}, fewer after {MAX_SECONDS:.0f} s)")
+    add("--threads", type=arguments.at_least_one, help="CPU threads (default: as torch chooses)")
+    add(
+        "--rounds",
+        type=arguments.at_least_one,
+        help=f"timing rounds (default: {ROUNDS}, fewer after {MAX_SECONDS:.0f} s)",
+    )
     network.add_arguments(parser)
     add("--json", type=Path, metavar="FILE", help="save the results")
     add("--plot", type=Path, metavar="FILE.png", help="save a picture of the results")
@@ -38,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     _check_files(args)
-    device = _device(args.device)
+    device = arguments.device(args.device)
     dtype = DTYPES[args.dtype or ("bfloat16" if device.startswith("cuda") else "float32")]
     if device.startswith("cuda"):
         torch.cuda.set_device(device)  # graphs, events and streams are those of the current device
@@ -125,12 +129,6 @@ def _measure_one(
     return record
 
 
-def _at_least_one(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
-    return int(text)
-
-
 def _check_files(args: argparse.Namespace) -> None:
     """Before any work: results that could not be saved, and packages that are missing."""
     if args.json:
@@ -138,18 +136,3 @@ def _check_files(args: argparse.Namespace) -> None:
     if args.plot:
         check_writable(args.plot, ".png")
     network.need("bench", "timm", "rich", "PIL", *["matplotlib"] * bool(args.plot))
-
-
-def _device(name: str | None) -> str:
-    device = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        kind, index = torch.device(device).type, torch.device(device).index
-    except RuntimeError:
-        kind, index = "", None
-    if kind not in ("cpu", "cuda"):
-        raise UserError(f"--device must be cpu or cuda, got {device!r}")
-    if kind == "cpu":
-        return kind
-    if (index or 0) >= torch.cuda.device_count():
-        raise UserError(f"--device {device}: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices")
-    return f"cuda:{index or 0}"

@@ -21,7 +21,7 @@ def keep_rates(args: argparse.Namespace) -> list[float]:
         UserError: a rate outside (0, 1], or an option of a single method.
     """
     for name in ("r", "inflection", "tokens", "option"):
-        if getattr(args, name):
+        if getattr(args, name, None):
             raise UserError(f"--method {ALL} takes --keep-rate and --stages, not --{name}")
     given = KEEP_RATES if args.keep_rate is None else args.keep_rate
     rates = [given] if isinstance(given, float) else list(given)

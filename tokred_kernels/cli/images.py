@@ -22,7 +22,7 @@ def load(paths: Sequence[str], model: nn.Module) -> tuple[list[str], Tensor]:
     """
     import timm.data
 
-    photographs = [(str(path), _open(path)) for path in _files(paths)] if paths else _samples()
+    photographs = [(str(path), open_image(path)) for path in _files(paths)] if paths else _samples()
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
     return [name for name, _ in photographs], torch.stack([transform(image) for _, image in photographs])
 
@@ -53,7 +53,8 @@ def _files(paths: Sequence[str]) -> list[Path]:
     return files
 
 
-def _open(path: Path):
+def open_image(path: Path):
+    """The photograph as Pillow's RGB image; UserError if the file is missing or none."""
     from PIL import Image
 
     try:

@@ -8,6 +8,7 @@ import ast
 import dataclasses
 
 from .. import methods
+from . import arguments
 from .errors import UserError
 
 SHARED = ("r", "keep_rate", "tokens", "stages")
@@ -20,16 +21,30 @@ def add_arguments(parser: argparse.ArgumentParser, more: str = "") -> None:
     add = parser.add_argument
     names = ", ".join(methods.METHODS)
     add("--method", default="tome", help=f"reduction method: {names} (default: %(default)s){more}")
-    add("--r", type=_integers, help=f"tokens to remove in each block, or a list r,r,... (default: {DEFAULTS['r']})")
+    add(
+        "--r",
+        type=arguments.integers,
+        help=f"tokens to remove in each block, or a list r,r,... (default: {DEFAULTS['r']})",
+    )
     add("--inflection", type=float, help="slope of r over the blocks, -1 (most removed early) to 1 (late)")
     add(
         "--keep-rate",
-        type=_numbers,
+        type=arguments.numbers,
         metavar="RATE",
         help=f"share of the patches to keep in each stage, or a list rate,rate,... (default: {DEFAULTS['keep_rate']})",
     )
-    add("--tokens", type=_list, metavar="K,K,...", help="instead: how many patches to keep in each stage or block")
-    add("--stages", type=_list, metavar="BLOCK,...", help="the blocks that reduce, from 0 (default: the method's)")
+    add(
+        "--tokens",
+        type=arguments.integer_list,
+        metavar="K,K,...",
+        help="instead: how many patches to keep in each stage or block",
+    )
+    add(
+        "--stages",
+        type=arguments.integer_list,
+        metavar="BLOCK,...",
+        help="the blocks that reduce, from 0 (default: the method's)",
+    )
     add(
         "--option",
         type=_pair,
@@ -92,24 +107,3 @@ def _pair(text: str) -> tuple[str, object]:
         return name, ast.literal_eval(value)
     except (ValueError, SyntaxError, MemoryError, RecursionError):  # whatever is no literal is a string
         return name, value
-
-
-def _integers(text: str) -> int | list[int]:
-    try:
-        values = [int(part) for part in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be an integer or a list such as 16,16,8, got {text!r}") from None
-    return values[0] if len(values) == 1 else values
-
-
-def _numbers(text: str) -> float | list[float]:
-    try:
-        values = [float(part) for part in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be a number or a list such as 0.9,0.7,0.5, got {text!r}") from None
-    return values[0] if len(values) == 1 else values
-
-
-def _list(text: str) -> list[int]:
-    values = _integers(text)
-    return values if isinstance(values, list) else [values]

@@ -31,8 +31,8 @@ class Stages:
     def stage(self, text: str, total: int | None = None) -> None:
         self._bar.reset(self._task, total=total, description=text)
 
-    def advance(self) -> None:
-        self._bar.advance(self._task)
+    def advance(self, steps: int = 1) -> None:
+        self._bar.advance(self._task, steps)
 
 
 @contextlib.contextmanager

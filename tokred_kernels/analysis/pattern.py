@@ -11,23 +11,25 @@ argmax: the cluster that gives the patch its largest weight.
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 
 from ..trace import Forward
 
-DTYPE = np.dtype("<i2")
 
-
-def patterns(forward: Forward, prefix: int) -> np.ndarray:
-    """[B, blocks, P] int16: the pattern of every image after every block.
+def patterns(forward: Forward, prefix: int, blocks: Sequence[int] | None = None) -> np.ndarray:
+    """[B, S, P] int16: the pattern of every image after each of S blocks.
 
     Ids are composed over the blocks: they are those of the patches that entered the first one, wherever they sit now.
 
     Args:
         forward: what `tokred_kernels.trace` recorded, such as `traced.last`.
         prefix: the model's `num_prefix_tokens`, which have no pattern.
+        blocks: from 0, ascending; None: all of them.
     """
-    steps = [np.where(fused, -2 - source, source) for source, fused in map(_arrays, forward.steps())]
-    return np.stack(steps, 1)[:, :, prefix:].astype(DTYPE)
+    wanted = range(len(forward.assign)) if blocks is None else blocks
+    after = [source.where(~fused, -2 - source) for source, fused in forward.steps()]
+    chosen = torch.stack(after, 1)[:, list(wanted), prefix:]
+    return chosen.to(torch.int16).cpu().numpy()
 
 
 def kept(pattern: np.ndarray) -> np.ndarray:
@@ -74,7 +76,3 @@ def _alone(pattern: np.ndarray) -> np.ndarray:
     at = row + np.arange(len(pattern))[:, None] * width
     members = np.bincount(at.ravel(), minlength=len(pattern) * width)
     return kept(pattern) & (members[at] == 1)
-
-
-def _arrays(step: tuple) -> list[np.ndarray]:
-    return [tensor.cpu().numpy() for tensor in step]

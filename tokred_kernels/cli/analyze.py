@@ -1,0 +1,53 @@
+"""Record which patches methods keep, merge and drop, over folders of photographs, models, methods and keep rates."""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from . import arguments, compare, network, recording, table
+from .errors import UserError
+
+BATCH = 16
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "folder",
+        nargs="*",
+        metavar="FOLDER",
+        help="data sets: images, or a folder for each class (default: two photos)",
+    )
+    add("--model", action="append", required=True, metavar="MODEL", help="a timm VisionTransformer; may be given again")
+    add("--method", default=compare.ALL, metavar="METHOD,...", help="reduction methods (default: every one)")
+    add("--keep-rate", type=arguments.numbers, metavar="RATE,...", help="default: .9,.7,.5,.25")
+    blocks = {"type": arguments.integer_list, "metavar": "BLOCK,..."}
+    add(
+        "--stages",
+        **blocks,
+        help="the blocks that reduce, from 0 (default: a quarter, half, three quarters of the way)",
+    )
+    add("--features", **blocks, help="the blocks whose class token is kept (default: those, and the last)")
+    network.add_arguments(parser)
+    add("--batch-size", type=arguments.at_least_one, default=BATCH, help="images a call (default: %(default)s)")
+    add("--device", help="cpu or cuda (default: cuda where there is one)")
+    add("--threads", type=arguments.at_least_one, help="CPU threads (default: as torch chooses)")
+    add("-o", "--output", type=Path, required=True, metavar="DIR", help="the records; a run that was stopped goes on")
+
+
+def run(args: argparse.Namespace) -> int:
+    network.need("analyze", "timm", "rich", "PIL", "numpy", "scipy")
+    device = arguments.device(args.device)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    with table.progress() as progress:
+        try:
+            left_out = recording.record(args, device, progress)
+        except OSError as error:
+            raise UserError(f"cannot write {args.output}: {error}") from None
+    for what, why in left_out.items():
+        print(f"{what} was left out: {why}")
+    files = sorted(args.output.glob(f"*/*{recording.SUFFIX}"))
+    print(f"{args.output}: {len(files)} records, {sum(file.stat().st_size for file in files) / 1e6:.1f} MB")
+    return 0

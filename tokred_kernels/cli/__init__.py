@@ -8,10 +8,18 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from . import analyze, bench, info, visualize
+from . import analyze, bench, info, train, visualize
+from . import eval as evaluate
 from .errors import UserError
 
-COMMANDS = {"info": info, "bench": bench, "visualize": visualize, "analyze": analyze}
+COMMANDS = {
+    "info": info,
+    "bench": bench,
+    "visualize": visualize,
+    "analyze": analyze,
+    "train": train,
+    "eval": evaluate,
+}
 
 
 class _Parser(argparse.ArgumentParser):

@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser, more: str = "") -> None:
     )
     add(
         "--option",
-        type=_pair,
+        type=pair,
         action="append",
         default=[],
         metavar="NAME=VALUE",
@@ -98,7 +98,7 @@ def _fill(options: dict, method: str) -> None:
         options[budgets[0]] = DEFAULTS[budgets[0]]
 
 
-def _pair(text: str) -> tuple[str, object]:
+def pair(text: str) -> tuple[str, object]:
     """NAME=VALUE; the value a number, True, False, None, a string, or a list or tuple of them."""
     name, equals, value = text.partition("=")
     if not equals or not name.isidentifier():

@@ -26,11 +26,7 @@ def create(args: argparse.Namespace) -> nn.Module:
     """
     import timm
 
-    for name in ("timm", "huggingface_hub"):  # their warnings would join the one line of an error
-        logging.getLogger(name).setLevel(logging.ERROR)
-    if not timm.is_model(args.model):
-        close = difflib.get_close_matches(args.model, timm.list_models(), n=3)
-        raise UserError(f"timm has no model {args.model!r}" + (f"; close: {', '.join(close)}" if close else ""))
+    check(args.model)
     torch.manual_seed(args.seed)
     try:
         return timm.create_model(args.model, pretrained=args.pretrained).eval()
@@ -38,6 +34,17 @@ def create(args: argparse.Namespace) -> nn.Module:
         if not args.pretrained:
             raise
         raise UserError(f"no pretrained weights for {args.model}: {type(error).__name__}: {error}") from None
+
+
+def check(model: str) -> None:
+    """Raises UserError if timm has no such model."""
+    import timm
+
+    for name in ("timm", "huggingface_hub"):  # their warnings would join the one line of an error
+        logging.getLogger(name).setLevel(logging.ERROR)
+    if not timm.is_model(model):
+        close = difflib.get_close_matches(model, timm.list_models(), n=3)
+        raise UserError(f"timm has no model {model!r}" + (f"; close: {', '.join(close)}" if close else ""))
 
 
 def weights(args: argparse.Namespace) -> str:

@@ -114,6 +114,12 @@ def test_fine_tuning_starts_from_the_weights_of_another_training(folder, tmp_pat
     before = checkpoint.load(init["init"])["model"]
     assert all(torch.equal(t, own.state_dict()[name]) for name, t in before.items())
     assert list(own.tokred_exits) == ["1"]
+    torch.save({"model": {**before, "mid_heads.1.0.weight": torch.ones(32)}}, tmp_path / "published.pt")
+    with pytest.raises(BadInput, match=r"load_published: the weights do not fit .*heads.1.0.bias is missing"):
+        build.dense_model(settings(folder, "x", init=str(tmp_path / "published.pt")), 3)
+    torch.save({"model": before}, tmp_path / "published.pt")
+    other = build.dense_model(settings(folder, "x", init=str(tmp_path / "published.pt")), 3)
+    assert all(torch.equal(t, other.state_dict()[name]) for name, t in before.items())
     with_exits = {**own.state_dict()}
     checkpoint.load_weights(copy.deepcopy(own), with_exits, "x")
     plain = build.dense_model(settings(folder, "x"), 3)

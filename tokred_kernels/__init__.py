@@ -5,8 +5,8 @@
 
 Ops: attention, attention_scores, match, match_merge, merge, topk, topk_gather, unmerge; for clusters: knn, medoids,
 nearest, pairwise_distance, separation. Each is also torch.ops.tokred.*.
-Models: apply, remove, trace; load_metr, add_exits, exit_logits, remove_exits; two_passes; policy_logits. Losses and
-the warm-up of keep rates: training. Schedules and MACs: schedule.
+Models: apply, remove, trace; load_published, load_metr; add_exits, exit_logits, remove_exits; two_passes;
+policy_logits. Losses and the training itself: training. Schedules and MACs: schedule.
 Fixed and random partitions beside match: partition. Patterns compared: analysis. Backends: info, use_backend.
 """
 
@@ -41,6 +41,7 @@ __all__ = [
     "info",
     "knn",
     "load_metr",
+    "load_published",
     "match",
     "match_merge",
     "medoids",
@@ -67,7 +68,8 @@ _LAZY = {
     "add_exits": "models.metr",
     "apply": "models.timm",
     "exit_logits": "models.metr",
-    "load_metr": "models.metr",
+    "load_metr": "models.published",
+    "load_published": "models.published",
     "policy_logits": "models.dynamicvit",
     "remove": "models.timm",
     "remove_exits": "models.metr",

@@ -1,11 +1,11 @@
-"""METR's weights in a timm model, and the logits of its exits.
+"""METR's exits in a timm model, and their logits.
 
 An exit is a small classifier of the class token behind an early block, trained along with the model; inference without
 a word about exits never runs them.
 """
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from ._refuse import check_uncompiled
 
 EXIT_AT = ("post_block", "post_attn")
-_PREFIX = "mid_heads."
 
 
 def add_exits(model: nn.Module, blocks: Sequence[int] = (3, 6, 9)) -> nn.Module:
@@ -40,67 +39,11 @@ def add_exits(model: nn.Module, blocks: Sequence[int] = (3, 6, 9)) -> nn.Module:
         raise ValueError(f"add_exits: the model has no {missing}")
     if not set(blocks) <= set(range(len(model.blocks))):
         raise ValueError(f"add_exits: blocks must be below {len(model.blocks)}, got {blocks!r}")
-    found = nn.ModuleDict({str(index): _exit(model) for index in sorted(set(blocks))})
-    like = model.patch_embed.proj.weight
-    found.to_empty(device=like.device).to(like.dtype).train(model.training)
+    found = nn.ModuleDict({str(index): new_exit(model) for index in sorted(set(blocks))})
+    attach(model, found)
     for module in found.modules():
         if hasattr(module, "reset_parameters"):
             module.reset_parameters()
-    model.tokred_exits = found
-    return model
-
-
-def load_metr(model: nn.Module, state_dict: Mapping, *, exits: bool = False) -> nn.Module:
-    """Loads a METR checkpoint into a timm model, in place.
-
-    The checkpoint has timm's names, bare or under "model", and of the exit of block l, with classes n and width C:
-
-        mid_heads.{l}.0.{weight [C], bias [C]}       LayerNorm, eps 1e-6
-        mid_heads.{l}.1.{weight [C, C], bias [C]}    Linear, then tanh
-        mid_heads.{l}.3.{weight [n, C], bias [n]}    Linear
-
-    Args:
-        model: timm's VisionTransformer with a class token, patched or not.
-        exits: True adds the exits to the model, as `model.tokred_exits`, for `exit_logits`; they are then in its
-            state_dict. False leaves them out. `tokred_kernels.remove` takes them away.
-
-    Returns:
-        The same model.
-
-    Raises:
-        ValueError: a name is missing or unknown, a shape differs, or exits are asked for and there are none. Nothing
-            was changed.
-
-    Source: Liu et al., "A Simple Romance Between Multi-Exit Vision Transformer and Token Reduction", ICLR 2024.
-    """
-    state_dict = state_dict.get("model", state_dict)
-    heads = {name.removeprefix(_PREFIX): t for name, t in state_dict.items() if name.startswith(_PREFIX)}
-    weights = {name: t for name, t in state_dict.items() if not name.startswith(_PREFIX)}
-    own = {name: t for name, t in model.state_dict().items() if not name.startswith("tokred_exits.")}
-    found = nn.ModuleDict({index: _exit(model) for index in sorted({name.split(".")[0] for name in heads})})
-    expected = {**own, **{_PREFIX + name: t for name, t in found.state_dict().items()}}
-    problems = [f"{name} is missing" for name in expected if name not in state_dict]
-    problems += [f"{name} is unknown" for name in state_dict if name not in expected]
-    problems += [
-        f"{name} is {list(t.shape)}, the model's {list(expected[name].shape)}"
-        for name, t in state_dict.items()
-        if name in expected and t.shape != expected[name].shape
-    ]
-    problems += [f"{_PREFIX}{i} is behind no block" for i in found if i not in map(str, range(len(model.blocks)))]
-    if exits and not found:
-        problems.append("there are no exits")
-    if exits and not model.has_class_token:
-        problems.append("the model has no class token for exits to read")
-    if problems:
-        more = f", and {len(problems) - 4} more" if len(problems) > 4 else ""
-        raise ValueError(f"load_metr: the weights do not fit the model: {', '.join(problems[:4])}{more}")
-    remove_exits(model)
-    model.load_state_dict(weights)
-    if exits:
-        like = model.patch_embed.proj.weight
-        found.to_empty(device=like.device).to(like.dtype).train(model.training)
-        found.load_state_dict(heads)
-        model.tokred_exits = found
     return model
 
 
@@ -173,7 +116,13 @@ def remove_exits(model: nn.Module) -> nn.Module:
     return model
 
 
-def _exit(model: nn.Module) -> nn.Sequential:
+def attach(model: nn.Module, exits: nn.ModuleDict) -> None:
+    """Makes exits of `new_exit` those of the model, with memory for weights that are still to be set."""
+    like = model.patch_embed.proj.weight
+    model.tokred_exits = exits.to_empty(device=like.device).to(like.dtype).train(model.training)
+
+
+def new_exit(model: nn.Module) -> nn.Sequential:
     """On the meta device: no memory, and no random numbers taken."""
     C = model.embed_dim
     with torch.device("meta"):

@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler
 
 from ..models.metr import add_exits
+from ..models.published import load_published
 from ..models.timm import apply
 from . import checkpoint, data
 from .distributed import World
@@ -61,7 +62,13 @@ def dense_model(settings: Settings, classes: int | None) -> nn.Module:
         raise BadInput(f"cannot create the model {settings.model}: {type(error).__name__}: {error}") from None
     if settings.init:
         found = checkpoint.load(settings.init)
-        checkpoint.load_weights(model, found.get("model", found), settings.init)
+        if "settings" in found:  # one of our own, maybe with exits
+            checkpoint.load_weights(model, found["model"], settings.init)
+        else:
+            try:
+                load_published(model, found)
+            except ValueError as error:
+                raise BadInput(f"{settings.init}: {error}") from None
     return model
 
 

@@ -8,6 +8,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor, nn
 
+from ..models.published import few, mismatches
 from .settings import BadInput
 
 
@@ -69,13 +70,6 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: object
 
 def check_weights(own: Mapping[str, Tensor], weights: Mapping[str, Tensor], source: object) -> None:
     """Raises BadInput unless the weights have the model's own names and shapes."""
-    problems = [f"{name} is missing" for name in own if name not in weights]
-    problems += [f"{name} is unknown" for name in weights if name not in own]
-    problems += [
-        f"{name} is {list(t.shape)}, the model's {list(own[name].shape)}"
-        for name, t in weights.items()
-        if name in own and t.shape != own[name].shape
-    ]
+    problems = mismatches(own, weights)
     if problems:
-        more = f", and {len(problems) - 4} more" if len(problems) > 4 else ""
-        raise BadInput(f"{source} is of another model: {', '.join(problems[:4])}{more}")
+        raise BadInput(f"{source} is of another model: {few(problems)}")

@@ -56,7 +56,7 @@ def read(root: str | Path, form: str, split: str) -> Split:
 def _read_folder(root: Path, split: str) -> Split:
     from timm.data.readers.reader_image_folder import find_images_and_targets
 
-    for name in {"train", split}:
+    for name in dict.fromkeys(("train", split)):
         if not (root / name).is_dir():
             raise BadInput(f"{root} has no folder {name}/ with a folder for each class")
     classes = _class_folders(root / "train")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tokred_kernels.cli.timing import interleave, keep_freed_memory
 from tokred_kernels.methods._clusters import to_assign
 from tokred_kernels.methods.dpcknn import DPCKNN
-from tokred_kernels.methods.kmedoids import KMedoids
+from tokred_kernels.methods.kmedoids import UPDATES, KMedoids
 from tokred_kernels.models.baseline_clusters import eager_dpcknn, eager_kmedoids
 
 PREFIX = 1
@@ -50,21 +50,23 @@ def dpcknn(i: Inputs, method: DPCKNN) -> tuple[Tensor, Tensor]:
     return out, assign[:, PREFIX:] - PREFIX
 
 
-# case: (ours, in plain PyTorch)
+def plain_kmedoids(i: Inputs, update: str, at_once: bool) -> tuple[Tensor, Tensor]:
+    return eager_kmedoids(i.x, i.weight, i.k, PREFIX, update=update, at_once=at_once)
+
+
+# (goal, case): (ours, in plain PyTorch)
 METHODS = {
-    "kmedoids textbook": (
-        partial(kmedoids, method=KMedoids(keep_rate=0.7)),
-        lambda i: eager_kmedoids(i.x, i.weight, i.k, PREFIX),
-    ),
-    "kmedoids wttu": (
-        partial(kmedoids, method=KMedoids(keep_rate=0.7, update="wttu")),
-        lambda i: eager_kmedoids(i.x, i.weight, i.k, PREFIX, update="wttu"),
-    ),
-    "dpcknn learned": (
-        partial(dpcknn, method=DPCKNN(keep_rate=0.7)),
-        lambda i: eager_dpcknn(i.x, i.k, PREFIX, score=i.score),
-    ),
+    (goal, update): (
+        partial(kmedoids, method=KMedoids(keep_rate=0.7, update=update)),
+        partial(plain_kmedoids, update=update, at_once=at_once),
+    )
+    for goal, at_once in (("C11 kmedoids", False), ("C11 at once", True))
+    for update in UPDATES
 }
+METHODS["C11 dpcknn", "learned"] = (
+    partial(dpcknn, method=DPCKNN(keep_rate=0.7)),
+    lambda i: eager_dpcknn(i.x, i.k, PREFIX, score=i.score),
+)
 
 
 def check(got: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor]) -> None:
@@ -85,12 +87,11 @@ def check(got: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor]) -> None:
 def cluster_figures(rounds: int) -> dict[str, dict[str, float]]:
     """C11: how many times faster the reduction is."""
     given = inputs()
-    figures = {"C11 kmedoids": {}, "C11 dpcknn": {}}
-    for case, (ours, plain) in METHODS.items():
+    figures = {goal: {} for goal, _ in METHODS}
+    for (goal, case), (ours, plain) in METHODS.items():
         check(ours(given), plain(given))
         seconds = interleave({"ours": lambda: ours(given), "plain": lambda: plain(given)}, rounds=rounds)  # noqa: B023
-        method, variant = case.split()
-        figures[f"C11 {method}"][variant] = seconds["plain"].best / seconds["ours"].best
+        figures[goal][case] = seconds["plain"].best / seconds["ours"].best
     return figures
 
 

@@ -1,21 +1,30 @@
 """K-Medoids and DPC-KNN in plain PyTorch, as their authors publish them: what the clustering ops are measured against.
 
-Distances are torch.cdist's; each cluster is masked, one after the other, out of a copy of all weighted distances. Ties
-fall as PyTorch lets them.
+Distances are torch.cdist's. As published, each cluster is masked, one after the other, out of a copy of all weighted
+distances; a practitioner would take them at once. Ties fall as PyTorch lets them.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
 def eager_kmedoids(
-    x: Tensor, weight: Tensor, k: int, prefix: int = 1, *, update: str = "textbook", iterations: int = 3
+    x: Tensor,
+    weight: Tensor,
+    k: int,
+    prefix: int = 1,
+    *,
+    update: str = "textbook",
+    iterations: int = 3,
+    at_once: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The prefix and the medoids of k clusters of patches.
 
     Args:
         x: [B, N, C]; weight: [B, N], what every token is worth, of which the k best patches are the first medoids.
         update: "textbook" or "wttu" (as published), see `tokred_kernels.medoids`.
+        at_once: the costs of all clusters in one matrix product, instead of a loop over clusters.
 
     Returns:
         [B, prefix + k, C], and the cluster of each patch [B, N - prefix].
@@ -26,17 +35,28 @@ def eager_kmedoids(
     medoids = weight.topk(k, dim=1).indices
     for _ in range(iterations):
         label = _nearest(distance, medoids)
-        moved = torch.zeros_like(medoids)
-        for c in range(k):
-            member = label == c
-            if update == "wttu":
-                cost = weighted.masked_fill(~member[:, :, None], torch.inf).sum(2)
-            else:
-                cost = weighted.masked_fill(~member[:, None], 0).sum(2).masked_fill(~member, torch.inf)
-            moved[:, c] = cost.argmin(1)
-        medoids = moved
+        medoids = (_moved_at_once if at_once else _moved)(weighted, label, k, update)
     rows = patches.gather(1, medoids[..., None].expand(-1, -1, x.shape[2]))
     return torch.cat([x[:, :prefix], rows], 1), _nearest(distance, medoids)
+
+
+def _moved(weighted: Tensor, label: Tensor, k: int, update: str) -> Tensor:
+    """The new medoids [B, k] of clusters `label` [B, P] by weighted distances [B, P, P]."""
+    medoids = label.new_zeros(len(label), k)
+    for c in range(k):
+        member = label == c
+        if update == "wttu":
+            cost = weighted.masked_fill(~member[:, :, None], torch.inf).sum(2)
+        else:
+            cost = weighted.masked_fill(~member[:, None], 0).sum(2).masked_fill(~member, torch.inf)
+        medoids[:, c] = cost.argmin(1)
+    return medoids
+
+
+def _moved_at_once(weighted: Tensor, label: Tensor, k: int, update: str) -> Tensor:
+    member = F.one_hot(label, k)
+    cost = weighted.sum(2, keepdim=True) if update == "wttu" else weighted @ member.to(weighted.dtype)
+    return torch.where(member.bool(), cost, torch.inf).argmin(1)
 
 
 def eager_dpcknn(

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Tests share one thread pool of two; benchmarks set their own threads.
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo test bench style check fuzz gpu report clean
+.PHONY: demo test bench style check fuzz gpu goals report browser clean
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/installed  ## a real DeiT, dense and reduced, on two real photographs
@@ -17,8 +17,20 @@ test: $(VENV)/developing  ## every test
 bench: $(VENV)/developing  ## every benchmark
 	$(BIN)/python -m pytest benchmarks
 
-report: $(VENV)/developing  ## the goals with their gates, measured here
+goals: $(VENV)/developing  ## the goals with their gates, measured here
 	$(BIN)/python -m benchmarks.report
+
+PHOTOGRAPHS := .cache/photographs
+report: $(VENV)/developing  ## tokred analyze on photographs that packages ship: report/report.html, in a quarter of an hour
+	$(BIN)/pip install --disable-pip-version-check -q --no-deps 'scikit-image>=0.25,<0.27'
+	$(BIN)/python -m benchmarks.photographs $(PHOTOGRAPHS)
+	$(BIN)/tokred analyze $(PHOTOGRAPHS)/scenes $(PHOTOGRAPHS)/textures --model deit_tiny_patch16_224 --model deit_small_patch16_224 -o report
+
+browser: $(VENV)/developing  ## the page of tokred analyze in a headless Chromium
+	@{ command -v chromium && command -v chromedriver; } > /dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium chromium-driver; } \
+		|| { echo "needs chromium and chromedriver: apt-get install chromium chromium-driver, as root"; exit 1; }
+	$(BIN)/pip install --disable-pip-version-check -q selenium==4.51.0
+	$(BIN)/python -m pytest tests/test_browser.py
 
 fuzz: $(VENV)/developing  ## 100,000 random cases against the float64 oracle
 	$(BIN)/python -m tests.fuzz --cases 100000

@@ -17,7 +17,19 @@ from tokred_kernels.analysis.record import HEADER_BYTES
 from tokred_kernels.cli import main
 
 MODEL = "test_vit"  # timm's smallest: 6 blocks of 100 patches, width 64, 1000 classes
-RUN = ["--model", MODEL, "--method", "topk,tome", "--keep-rate", ".5,.7", "--batch-size", "4", "--device", "cpu"]
+RUN = [
+    "--model",
+    MODEL,
+    "--method",
+    "topk,tome",
+    "--keep-rate",
+    ".5,.7",
+    "--batch-size",
+    "4",
+    "--device",
+    "cpu",
+    "--no-report",
+]
 NAMES = [f"{MODEL}.{name}.record" for name in ("dense", "tome.0.5", "tome.0.7", "topk.0.5", "topk.0.7")]
 
 
@@ -120,7 +132,7 @@ def test_folders_of_classes_are_labels_where_the_model_has_as_many(tmp_path, mon
 
 
 def test_every_method_leaves_out_what_the_model_cannot(tmp_path, capsys):
-    argv = ["analyze", "--model", MODEL, "--keep-rate", ".5", "-o", str(tmp_path)]
+    argv = ["analyze", "--model", MODEL, "--keep-rate", ".5", "--no-report", "-o", str(tmp_path)]
     assert main(argv) == 0
     out = capsys.readouterr().out
     assert "test_vit, radial was left out: radial: rings need a fixed grid" in out
@@ -144,6 +156,9 @@ BAD = {
     "folder without images": (["bare", "--model", MODEL, "-o", "out"], "no image in"),
     "no image": (["broken", "--model", MODEL, "-o", "out"], "text.png"),
     "two folders of a name": (["a/birds", "b/birds", "--model", MODEL, "-o", "out"], "two data sets of the name birds"),
+    "folder without a model": (["birds", "-o", "out"], "name a --model"),
+    "nothing to do": (["--no-report", "-o", "out"], "name a --model"),
+    "nothing to report on": (["-o", "out"], "no records in out"),
     "output is a file": (["birds", "--model", MODEL, "-o", "file"], "cannot write file"),
     "too many GPUs": (["--model", MODEL, "--device", "cuda:99", "-o", "out"], "cuda:99"),
 }

@@ -177,6 +177,14 @@ class TestFeatures:
         np.testing.assert_allclose(analysis.cca(x, y @ linear), analysis.cca(x, y), atol=1e-10)
         assert analysis.pwcca(x, y @ linear) == pytest.approx(analysis.pwcca(x, y))
 
+    def test_a_part_of_the_images_at_a_time(self, monkeypatch):
+        x, y = RNG.standard_normal((40, 6)) + 3, RNG.standard_normal((40, 5))
+        want = [measure(x, y) for measure in MEASURES.values()]
+        monkeypatch.setattr("tokred_kernels.analysis.features._IMAGES", 7)
+        assert [measure(x, y) for measure in MEASURES.values()] == pytest.approx(want, abs=1e-12)
+        x, y = analysis.Centred(x), analysis.Centred(y)
+        assert [measure(x, y) for measure in MEASURES.values()] == pytest.approx(want, abs=1e-12)
+
     def test_models_of_different_width(self):
         x = RNG.standard_normal((50, 4))
         wide = np.hstack([x, np.zeros((50, 3))]) @ rotation(7)
@@ -191,7 +199,7 @@ class TestFeatures:
         with pytest.raises(ValueError, match=r"cca: needs more images than x and y have ranks together, got 9 and 9"):
             analysis.cca(x, RNG.standard_normal((9, 5)))
         with pytest.raises(ValueError, match="procrustes: the features are the same for every image"):
-            analysis.procrustes(x, np.ones((9, 4)))
+            analysis.procrustes(x, np.full((9, 4), 0.1))
         with pytest.raises(ValueError, match="finite"):
             analysis.pwcca(x, np.full((9, 4), np.nan))
 

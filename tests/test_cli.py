@@ -167,7 +167,7 @@ try:
     main(["--help"])
 except SystemExit as done:
     assert done.code == 0
-print([m for m in ("timm", "triton", "rich", "matplotlib", "torchvision") if m in sys.modules])
+print([m for m in ("timm", "triton", "rich", "scipy", "matplotlib", "torchvision") if m in sys.modules])
 """
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"

@@ -81,10 +81,13 @@ class Setting:
         return self.record.mean_depth()
 
     @cached_property
-    def feature(self) -> np.ndarray | None:
-        """[n, C]: the class token after the last block that was recorded."""
+    def feature(self) -> features.Centred | None:
+        """The class tokens after the last block that was recorded; None if they cannot be compared."""
         blocks = self.header.feature_blocks
-        return self.record.feature(max(blocks)) if blocks else None
+        try:
+            return features.Centred(self.record.feature(max(blocks))) if blocks else None
+        except ValueError:  # one image, or the same class token for all
+            return None
 
     @cached_property
     def top1(self) -> np.ndarray:
@@ -292,11 +295,8 @@ def _clusterings(a: Setting, b: Setting) -> dict[str, float]:
     return dict(zip(clusters.Clusterings._fields, (total / len(a.record)).tolist(), strict=True))
 
 
-def _features(x: np.ndarray, y: np.ndarray) -> dict[str, float]:
-    try:
-        row = {"cka": features.linear_cka(x, y), "procrustes": features.procrustes(x, y)}
-    except ValueError:  # one image, or the same features for all
-        return {}
+def _features(x: features.Centred, y: features.Centred) -> dict[str, float]:
+    row = {"cka": features.linear_cka(x, y), "procrustes": features.procrustes(x, y)}
     try:
         return {**row, "mean_cca": float(features.cca(x, y).mean()), "pwcca": features.pwcca(x, y)}
     except ValueError:  # fewer images than CCA needs

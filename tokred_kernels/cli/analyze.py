@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from . import arguments, compare, network, recording, reporting, table
+from . import arguments, compare, network, table
 from .errors import UserError
 
 BATCH = 16
@@ -51,6 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     network.need("analyze", "timm", "rich", "PIL", "numpy", "scipy", "matplotlib", "jinja2")
+    from . import recording, reporting  # not above: they import SciPy
+
     device = arguments.device(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -62,6 +64,8 @@ def run(args: argparse.Namespace) -> int:
             if args.model:
                 left_out = recording.record(args, device, progress)
             page = None if args.no_report else reporting.write(args.output, args.examples, progress)
+        except torch.OutOfMemoryError as error:
+            raise UserError(f"out of GPU memory, lower --batch-size ({error})") from None
         except OSError as error:
             raise UserError(f"cannot write {args.output}: {error}") from None
     for what, why in left_out.items():

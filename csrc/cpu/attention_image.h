@@ -218,13 +218,30 @@ class AttentionHead {
     if (a_.scores == kScoresCls && i == 0)
       for (int64_t j = 0; j < n_; ++j) partial_[index_[j]] = mass_[j * kTile] * share[0];
     if (a_.scores != kScoresMean) return;
+    if (count == kVectors * W)
+      add_masses<kVectors, true>(count, share);
+    else
+      add_masses<kVectors, false>(count, share);
+  }
+  // column_ += mass_ share, lane by lane; kAll: every lane holds a query.
+  template <int kVectors, bool kAll>
+  void add_masses(int64_t count, const T* share) {
+    const T* mass = mass_;
+    T* column = column_;
+    Vec<T> of[kVectors];
     Index<T> held[kVectors];
-    for (int u = 0; u < kVectors; ++u) held[u] = lanes_below<T>(count - u * W);
-    for (int64_t j = 0; j < n_; ++j) {
-      Vec<T> sum = load(column_ + j * W);
-      for (int u = 0; u < kVectors; ++u)
-        sum += held[u] ? load(mass_ + j * kTile + u * W) * load(share + u * W) : Vec<T>{};
-      store(column_ + j * W, sum);
+    for (int u = 0; u < kVectors; ++u) {
+      held[u] = lanes_below<T>(count - u * W);
+      of[u] = held[u] ? load(share + u * W) : Vec<T>{};
+    }
+    const int64_t n = n_;
+    for (int64_t j = 0; j < n; ++j) {
+      Vec<T> sum = load(column + j * W);
+      for (int u = 0; u < kVectors; ++u) {
+        const Vec<T> p = load(mass + j * kTile + u * W);
+        sum += (kAll ? p : held[u] ? p : Vec<T>{}) * of[u];
+      }
+      store(column + j * W, sum);
     }
   }
 

@@ -117,6 +117,20 @@ def test_images_that_are_added_come_behind_the_others(recorded, tmp_path):
         np.testing.assert_array_equal(found.rows["pattern"], want.rows["pattern"][order])
 
 
+def test_a_broken_image_can_be_taken_away(recorded, tmp_path, capsys):
+    """It stops the run that reaches it; without it the run goes on."""
+    _, whole = recorded
+    photos = photographs(tmp_path / "birds", 10)
+    broken = photos / "05.broken.png"
+    broken.write_text("no image")
+    assert main(["analyze", str(photos), *RUN, "-o", str(tmp_path / "out")]) == 2
+    assert str(broken) in one_line(capsys)
+    broken.unlink()
+    analyze(tmp_path / "out", photos)
+    for name in NAMES:
+        assert (tmp_path / "out" / "birds" / name).read_bytes() == (whole / name).read_bytes()
+
+
 def test_folders_of_classes_are_labels_where_the_model_has_as_many(tmp_path, monkeypatch):
     import timm
 
@@ -159,6 +173,7 @@ BAD = {
     "folder without a model": (["birds", "-o", "out"], "name a --model"),
     "nothing to do": (["--no-report", "-o", "out"], "name a --model"),
     "nothing to report on": (["-o", "out"], "no records in out"),
+    "a reserved name": (["a/tables", "--model", MODEL, "-o", "out"], "must not be named tables"),
     "output is a file": (["birds", "--model", MODEL, "-o", "file"], "cannot write file"),
     "too many GPUs": (["--model", MODEL, "--device", "cuda:99", "-o", "out"], "cuda:99"),
 }
@@ -167,7 +182,7 @@ BAD = {
 @pytest.mark.parametrize(("argv", "named"), BAD.values(), ids=BAD.keys())
 def test_bad_input_is_one_line_and_status_2(argv, named, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for folder in ("birds", "a/birds", "b/birds"):
+    for folder in ("birds", "a/birds", "b/birds", "a/tables"):
         photographs(tmp_path / folder, 1)
     for folder in ("bare", "broken"):
         (tmp_path / folder).mkdir()
@@ -175,6 +190,7 @@ def test_bad_input_is_one_line_and_status_2(argv, named, capsys, tmp_path, monke
     (tmp_path / "file").touch()
     assert main(["analyze", *argv]) == 2
     assert named in one_line(capsys)
+    assert all(len(analysis.Record(path)) == 0 for path in tmp_path.glob("out/*/*.record"))
 
 
 class TestInTheWay:

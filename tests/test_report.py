@@ -142,6 +142,15 @@ class TestSummary:
             of([dense, topk, fewer])
         with pytest.raises(ValueError, match="holds no image"):
             of([setting(tmp_path, "tome", 0.5, TOPK, images=IMAGES[:0])])
+        assert of([dense]) == []
+
+    def test_names_of_files_do_not_collide(self, tmp_path):
+        records = []
+        for dataset in ("a b", "a-b"):
+            where = dict(dataset=dataset)
+            records += [setting(tmp_path, "dense", None, **where), setting(tmp_path, "topk", 0.5, TOPK, **where)]
+        with pytest.raises(ValueError, match="data sets a b and a-b are one as names of files"):
+            report.write(tmp_path, of(records), lambda group: [])
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +178,7 @@ class TestPage:
 
     def test_every_figure_is_a_png_and_an_svg_and_on_the_page(self, written):
         names = {path.stem for path in (written / "figures").glob("*.svg")}
-        prefix = f"birds & <b>bees.{MODEL}."
+        prefix = f"birds-b-bees.{MODEL}."
         kinds = ("depth", "iou", "v_measure", "cka", "pearson", "rates.ioa", "rates.v_measure", "agreement")
         assert names == {prefix + kind for kind in kinds}
         page = (written / "report.html").read_text()
@@ -187,7 +196,7 @@ class TestPage:
             assert "currentColor" in one and "#010203" not in one
 
     def test_tables_are_the_rows_of_the_summary(self, written):
-        with open(written / "tables" / f"birds & <b>bees.{MODEL}.pairs.csv", newline="") as file:
+        with open(written / "tables" / f"birds-b-bees.{MODEL}.pairs.csv", newline="") as file:
             rows = list(csv.DictReader(file))
         records = [analysis.Record(path) for path in (written / "birds & <b>bees").glob("*.record")]
         (group,) = of(records, list(methods.METHODS))

@@ -55,7 +55,8 @@ def test_tag_and_size(wheel):
 
 def test_contents(wheel):
     names = zipfile.ZipFile(wheel).namelist()
-    assert {"tokred_kernels/_C.abi3.so", "tokred_kernels/py.typed"} <= set(names)
+    package = {"_C.abi3.so", "py.typed", "analysis/page.html"}
+    assert {f"tokred_kernels/{name}" for name in package} <= set(names)
     assert not [n for n in names if n.startswith(("tests", "benchmarks", "csrc")) or n.endswith((".cpp", ".cu"))]
     with zipfile.ZipFile(wheel) as archive:
         libraries = [archive.read(n) for n in names if n.endswith(".so")]

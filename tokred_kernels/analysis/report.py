@@ -3,6 +3,7 @@
 import csv
 import itertools
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from importlib import resources
 from pathlib import Path
@@ -123,6 +124,9 @@ def write(
         examples: the pictures of a group; none, and its section has none.
         on_pair: is told what comes next.
     """
+    for a, b in itertools.combinations(found, 2):
+        if name(a) == name(b):
+            raise ValueError(f"data sets {a.dataset} and {b.dataset} are one as names of files: rename a folder")
     for inside in ("figures", "tables"):
         (folder / inside).mkdir(exist_ok=True)
     sections = []
@@ -271,7 +275,7 @@ def _facts(group: Group) -> list[str]:
 
 def name(group: Group) -> str:
     """The group in names of files and links."""
-    return f"{group.dataset}.{group.model}".replace("/", "_")
+    return re.sub(r"[^\w.-]+", "-", f"{group.dataset}.{group.model}")
 
 
 def _page(found: Sequence[Group], sections: Sequence[Section], across: Sequence[Table]) -> str:

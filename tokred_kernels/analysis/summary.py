@@ -132,7 +132,8 @@ class Group(NamedTuple):
 
 
 def groups(records: Sequence[Record], methods: Sequence[str]) -> list[Group]:
-    """The records by data set and model; in a group by method, in the order of `methods`, then by falling keep rate.
+    """The records by data set and model, without those that have the dense model alone; in a group by method, in the
+    order of `methods`, then by falling keep rate.
 
     Raises:
         ValueError: records of a group that are not of the same images and grid, or have no dense one beside them.
@@ -146,7 +147,7 @@ def groups(records: Sequence[Record], methods: Sequence[str]) -> list[Group]:
         if settings[0].method != DENSE:
             raise ValueError(f"no dense record of {model} on {dataset}")
         check_comparable([setting.record for setting in settings])
-    return [Group(dataset, model, settings) for (dataset, model), settings in found.items()]
+    return [Group(*key, settings) for key, settings in found.items() if len(settings) > 1]
 
 
 def compare(a: Setting, b: Setting) -> dict[str, float]:

@@ -59,8 +59,11 @@ def find(folders: Sequence[str]) -> list[Dataset]:
     return found
 
 
-def settle(dataset: Dataset, path: Path) -> Dataset:
+def settle(dataset: Dataset, path: Path, recorded: int) -> Dataset:
     """The data set in the order of the list at `path`, images that are new behind it; saves the list.
+
+    Args:
+        recorded: so many images of the list have a place in records; later ones that are gone by now leave it.
 
     Raises:
         UserError: the class folders are others than they were, or the list is damaged.
@@ -69,11 +72,11 @@ def settle(dataset: Dataset, path: Path) -> Dataset:
         before = read(path)
         if before.classes != dataset.classes:
             raise UserError(f"the class folders of {dataset.name} are others than when {path} was written")
-        known = set(before.files)
-        new = [i for i, file in enumerate(dataset.files) if file not in known]
-        files = before.files + tuple(dataset.files[i] for i in new)
-        labels = before.labels + tuple(dataset.labels[i] for i in new)
-        dataset = Dataset(dataset.name, files, labels, dataset.classes)
+        there = dict(zip(dataset.files, dataset.labels, strict=True))
+        listed = dict(zip(before.files, before.labels, strict=True))
+        order = {file: label for i, (file, label) in enumerate(listed.items()) if i < recorded or file in there}
+        order |= there
+        dataset = Dataset(dataset.name, tuple(order), tuple(order.values()), dataset.classes)
     saved = {"classes": dataset.classes, "files": [str(file) for file in dataset.files], "labels": dataset.labels}
     fresh = path.with_name(f"{path.name}.{os.getpid()}")
     fresh.write_text(json.dumps(saved))

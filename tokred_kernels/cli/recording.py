@@ -14,13 +14,14 @@ import torch
 from torch import nn
 
 from .. import methods
-from ..analysis.record import Header, Writer
+from ..analysis.record import HEADER_BYTES, Header, Writer, read_header
 from . import compare, datasets, network, table
 from .errors import UserError
 
 LIST = "images.json"
 SUFFIX = ".record"
 DENSE = "dense"
+RESERVED = ("figures", "tables")  # folders of the report
 
 
 class Setting(NamedTuple):
@@ -53,18 +54,21 @@ def record(args: argparse.Namespace, device: str, progress: table.Stages) -> dic
     """
     names, rates = chosen_methods(args.method), compare.keep_rates(args)
     sets = datasets.find(args.folder)
-    for number, dataset in enumerate(sets):
-        folder = args.output / dataset.name
-        folder.mkdir(parents=True, exist_ok=True)
-        sets[number] = datasets.settle(dataset, folder / LIST)
-    left_out = {}
-    for name in args.model:
+    for dataset in sets:
+        if dataset.name in RESERVED:
+            raise UserError(f"a data set must not be named {dataset.name}: rename the folder")
+    built, left_out = [], {}
+    for name in dict.fromkeys(args.model):
         progress.stage(f"{name}: building")
         model = network.create(argparse.Namespace(**{**vars(args), "model": name})).to(device)
-        found = _settings(args, name, model, names, rates, left_out)
-        for dataset in sets:
-            progress.stage(f"{name}, {dataset.name}", len(found) * len(dataset.files))
-            _run(found, dataset, args, model, device, progress)
+        built.append((name, model, _settings(args, name, model, names, rates, left_out)))
+    for dataset in sets:
+        folder = args.output / dataset.name
+        folder.mkdir(parents=True, exist_ok=True)
+        settled = datasets.settle(dataset, folder / LIST, _recorded(folder))
+        for name, model, found in built:
+            progress.stage(f"{name}, {dataset.name}", len(found) * len(settled.files))
+            _run(found, settled, args, model, device, progress)
     return left_out
 
 
@@ -130,7 +134,7 @@ def _fingerprint(parameters) -> str:
     digest = hashlib.blake2b(digest_size=8)
     for name, p in parameters:
         digest.update(name.encode())
-        digest.update(p.detach().cpu().contiguous().view(torch.uint8).numpy())
+        digest.update(p.detach().cpu().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
@@ -178,6 +182,15 @@ def _writer(folder: Path, dataset: str, setting: Setting) -> Writer:
         raise UserError(f"another process records {path}") from None
     except (ValueError, OSError) as error:
         raise UserError(error) from None
+
+
+def _recorded(folder: Path) -> int:
+    """The images of the longest record in a folder."""
+    try:
+        sizes = [(path.stat().st_size, read_header(path).row.itemsize) for path in folder.glob(f"*{SUFFIX}")]
+    except ValueError as error:
+        raise UserError(error) from None
+    return max(((size - HEADER_BYTES) // row for size, row in sizes), default=0)
 
 
 def _batches(count: int, size: int) -> Iterator[range]:

@@ -32,9 +32,9 @@ def poisoned(monkeypatch):
     torch.use_deterministic_algorithms(False)
 
 
-def _backends() -> list:
+def _backends(*isas: str) -> list:
     found = [pytest.param(("reference", ""), id="reference")]
-    for isa in ISAS:
+    for isa in isas:
         try:
             with tokred.use_backend("cpu", isa=isa):
                 marks = ()
@@ -44,9 +44,17 @@ def _backends() -> list:
     return found
 
 
-@pytest.fixture(params=_backends(), scope="module")
+@pytest.fixture(params=_backends(*(isa for isa in ISAS if isa != "amx")), scope="module")
 def backend(request):
-    """Every op by the reference, then by each instruction set of the CPU."""
+    """Every op by the reference, then by each instruction set of the CPU; amx has kernels of its own for attention."""
+    name, isa = request.param
+    with tokred.use_backend(name, isa=isa):
+        yield name
+
+
+@pytest.fixture(params=_backends(*ISAS), scope="module")
+def attention_backend(request):
+    """Attention by the reference, then by each instruction set of the CPU."""
     name, isa = request.param
     with tokred.use_backend(name, isa=isa):
         yield name

@@ -22,8 +22,8 @@ def by_id(cases):
 
 
 @pytest.fixture
-def kernels(backend):
-    if backend == "reference":
+def kernels(attention_backend):
+    if attention_backend == "reference":
         pytest.skip("the reference's bits and memory are those of PyTorch's matrix product")
 
 
@@ -36,7 +36,7 @@ def assert_same(tensors, others) -> None:
 
 
 @by_id(ALL_CASES)
-def test_attention_and_its_scores_alone(case, backend, poisoned):
+def test_attention_and_its_scores_alone(case, attention_backend, poisoned):
     inputs = *case.qkv(), case.size()
     before = copies(inputs)
     results = tokred.attention(*inputs, **case.keywords)

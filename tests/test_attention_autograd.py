@@ -32,7 +32,7 @@ def leaves(case: AttentionCase) -> list[torch.Tensor]:
 @pytest.mark.parametrize("scores", ["none", "cls", "mean"])
 @pytest.mark.parametrize("size_kind", ["none", "zeros"])
 @pytest.mark.parametrize("Nq", [None, 3], ids=["self", "cross"])
-def test_gradcheck(scores, size_kind, Nq, backend):
+def test_gradcheck(scores, size_kind, Nq, attention_backend):
     case = AttentionCase(B=1, H=2, N=4, Nq=Nq, D=8, scores=scores, size_kind=size_kind, dtype=torch.float64)
     q, k, v, size = *leaves(case), case.size()
 
@@ -43,7 +43,7 @@ def test_gradcheck(scores, size_kind, Nq, backend):
 
 
 @by_id(GRADIENT_CASES)
-def test_gradients(case, backend, poisoned):
+def test_gradients(case, attention_backend, poisoned):
     q, k, v = leaves(case)
     results = tokred.attention(q, k, v, case.size(), **case.keywords)
     given = case.grads()
@@ -55,7 +55,7 @@ def test_gradients(case, backend, poisoned):
 
 @pytest.mark.parametrize("with_out, with_scores", [(True, False), (False, True), (False, False)])
 @by_id([c for c in GRADIENT_CASES if c.N == 70 and c.trap == "normal" and c.size_kind in ("zeros", "image-masked")])
-def test_a_gradient_of_none_is_zero(case, with_out, with_scores, backend, poisoned):
+def test_a_gradient_of_none_is_zero(case, with_out, with_scores, attention_backend, poisoned):
     q, k, v, size = *case.qkv(), case.size()
     out, _ = tokred.attention(q, k, v, size, **case.keywords)
     grad_out, grad_scores = case.grads()
@@ -65,7 +65,7 @@ def test_a_gradient_of_none_is_zero(case, with_out, with_scores, backend, poison
     attention_oracle.check_gradients(case, grads, with_out, with_scores)
 
 
-def test_only_what_is_asked_for_gets_a_gradient(backend):
+def test_only_what_is_asked_for_gets_a_gradient(attention_backend):
     q, k, v = CASE.qkv()
     size = CASE.size().requires_grad_()
     q = q.detach().requires_grad_()
@@ -77,14 +77,14 @@ def test_only_what_is_asked_for_gets_a_gradient(backend):
     assert not tokred.attention_scores(q, k, CASE.size(), scores="mean").requires_grad
 
 
-def test_scores_that_were_not_emitted_send_no_gradient_back(backend):
+def test_scores_that_were_not_emitted_send_no_gradient_back(attention_backend):
     q, k, v = leaves(CASE)
     _, scores = tokred.attention(q, k, v, scores="none")
     assert torch.autograd.grad(scores.sum(), (q, k, v), allow_unused=True) == (None, None, None)
 
 
 @by_id([CASE, AttentionCase(N=70, scores="cls", dtype=torch.bfloat16)])
-def test_gradients_come_in_any_strides(case, backend):
+def test_gradients_come_in_any_strides(case, attention_backend):
     q, k, v = leaves(case)
     out, scores = tokred.attention(q, k, v, case.size(), **case.keywords)
     grad_out, grad_scores = case.grads()
@@ -102,7 +102,7 @@ def test_gradients_come_in_any_strides(case, backend):
     assert all(same(a, b) for a, b in zip(expanded, gradients(*one), strict=True))
 
 
-def test_second_order_raises(backend):
+def test_second_order_raises(attention_backend):
     q, k, v = leaves(CASE)
     for result in tokred.attention(q, k, v, CASE.size(), **CASE.keywords):
         (grad,) = torch.autograd.grad(result.square().sum(), q, create_graph=True)
@@ -111,8 +111,8 @@ def test_second_order_raises(backend):
 
 
 @by_id([AttentionCase(B=1, H=1, N=1024, D=16, scores=s, size_kind="counts") for s in ("cls", "mean")])
-def test_the_backward_allocates_no_attention_matrix(case, backend):
-    if backend == "reference":
+def test_the_backward_allocates_no_attention_matrix(case, attention_backend):
+    if attention_backend == "reference":
         pytest.skip("the reference is the definition, with the matrix")
     q, k, v, size = *case.qkv(), case.size()
     out, _ = tokred.attention(q, k, v, size, **case.keywords)
@@ -126,8 +126,8 @@ def test_the_backward_allocates_no_attention_matrix(case, backend):
 
 
 @by_id([AttentionCase(B=2, H=2, N=197, D=64, size_kind="counts", scores="mean", dtype=d) for d in (torch.float32,)])
-def test_bitwise_equal_over_threads_and_runs(case, backend):
-    if backend == "reference":
+def test_bitwise_equal_over_threads_and_runs(case, attention_backend):
+    if attention_backend == "reference":
         pytest.skip("the reference's bits are those of PyTorch's matrix product")
     q, k, v, size = *case.qkv(), case.size()
     out, _ = tokred.attention(q, k, v, size, **case.keywords)
@@ -137,7 +137,7 @@ def test_bitwise_equal_over_threads_and_runs(case, backend):
     )
 
 
-def test_a_row_without_mass_sends_nothing_back(backend):
+def test_a_row_without_mass_sends_nothing_back(attention_backend):
     case = AttentionCase(size_kind="masked", scores="mean")
     q, k, v = leaves(case)
     results = tokred.attention(q, k, v, case.size(), **case.keywords)
@@ -145,7 +145,7 @@ def test_a_row_without_mass_sends_nothing_back(backend):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_key_of_minus_infinity_leaves_the_others_their_gradients(dtype, backend):
+def test_a_key_of_minus_infinity_leaves_the_others_their_gradients(dtype, attention_backend):
     """Regression: a tile's lanes without a query are 0 there, 0 times -inf is NaN, and NaN reached dk and dv."""
     case = AttentionCase(N=70, trap="late-mass", scores="mean", dtype=dtype)
     q, k, v = leaves(case)
@@ -156,7 +156,7 @@ def test_a_key_of_minus_infinity_leaves_the_others_their_gradients(dtype, backen
         assert (got.double() - torch.from_numpy(exactly)).abs().max() <= bound
 
 
-def test_training_through_the_scores_lowers_the_loss(backend):
+def test_training_through_the_scores_lowers_the_loss(attention_backend):
     """EViT learns where to look from the scores alone: one step down the gradient raises the chosen key's share."""
     q, k, v = leaves(AttentionCase(B=1, N=20, dtype=torch.float64))
     for scores in ("cls", "mean"):

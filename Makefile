@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Tests share one thread pool of two; benchmarks set their own threads.
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo test bench style check fuzz gpu goals report browser clean
+.PHONY: demo test bench study style check fuzz gpu goals report browser clean
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/installed  ## a real DeiT, dense and reduced, on two real photographs
@@ -19,6 +19,9 @@ bench: $(VENV)/developing  ## every benchmark
 
 goals: $(VENV)/developing  ## the goals with their gates, measured here
 	$(BIN)/python -m benchmarks.report
+
+study: $(VENV)/developing  ## what training does for token reduction, on digits: docs/study.md
+	$(BIN)/python -m benchmarks.study
 
 PHOTOGRAPHS := .cache/photographs
 report: $(VENV)/developing  ## tokred analyze on photographs that packages ship: report/report.html, in a quarter of an hour

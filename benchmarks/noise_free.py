@@ -1,5 +1,6 @@
 """What can be counted instead of timed: dispatched ops, allocated bytes, equal bits (C10)."""
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -41,6 +42,29 @@ def allocated_bytes(call: Callable[[], object]) -> int:
     events = profiled.profiler.kineto_results.events()
     del kept
     return sum(max(event.nbytes(), 0) for event in events if event.name() == "[memory]")
+
+
+def peak_bytes(call: Callable[[], object]) -> int:
+    """The most tensor memory that a call on the CPU holds at a time, beyond what was there before."""
+    call()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiled:
+        call()
+    events = (event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]")
+    held = itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
+    return max(held, default=0)
+
+
+def saved_shapes(call: Callable[[], object]) -> set[tuple[int, ...]]:
+    """The shapes of what autograd keeps for the backward of a call."""
+    found = set()
+
+    def keep(t: Tensor) -> Tensor:
+        found.add(tuple(t.shape))
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        call()
+    return found
 
 
 def nbytes(result) -> int:

@@ -20,7 +20,7 @@ from tokred_kernels._backend import ATTENTION
 from tokred_kernels.cli import images, machine, variants
 from tokred_kernels.cli.timing import interleave, keep_freed_memory
 
-from . import cases, clusters, cpu_attention, goals, noise_free, results
+from . import cases, clusters, cpu_attention, goals, noise_free, results, training_step
 
 DEIT_S = "deit_small_patch16_224"
 R = 13
@@ -169,7 +169,9 @@ def measure(rounds: int) -> dict:
         models, table = model_figures(rounds)
         steps = {**step_figures(rounds), **clusters.cluster_figures(rounds)}
         figures = {**steps, **attention_figures(rounds), **models, **noise_free_figures()}
-    return {**results.provenance(), "rounds": rounds, "figures": figures, "models": table}
+    trained, training = training_step.figures(DEIT_S, rounds)
+    figures |= trained
+    return {**results.provenance(), "rounds": rounds, "figures": figures, "models": table, "training": training}
 
 
 def text(result: dict, gpu: dict[str, dict[str, float]]) -> str:

@@ -11,6 +11,12 @@ from sklearn import metrics
 from tokred_kernels import analysis
 
 RNG = np.random.default_rng(7)
+STATE = RNG.bit_generator.state
+
+
+@pytest.fixture(autouse=True)
+def _each_test_its_own_numbers():
+    RNG.bit_generator.state = STATE
 
 
 def mask(text: str) -> np.ndarray:
@@ -254,6 +260,15 @@ class TestMaps:
         if name != "emd":  # the others do not know where patches are
             order = RNG.permutation(36)
             assert measure(p.ravel()[order], q.ravel()[order]) == pytest.approx(want)
+
+    def test_equal_maps_have_no_divergence_whatever_rounding_says(self):
+        for p in RNG.random((200, 6, 6)):
+            for measure in (analysis.kl, analysis.js):
+                assert 0 <= measure(p, 3 * p) < 1e-15
+
+    def test_js_is_scipys(self):
+        p, q = RNG.random((2, 30))
+        assert analysis.js(p, q) == pytest.approx(spatial.distance.jensenshannon(p, q) ** 2)
 
     def test_constant_maps(self):
         assert math.isnan(analysis.pearson(self.P, self.Q)) and math.isnan(analysis.spearman(self.P, self.Q))

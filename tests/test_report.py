@@ -18,8 +18,14 @@ from tokred_kernels.analysis import report, summary
 from tokred_kernels.cli import main
 
 RNG = np.random.default_rng(3)
+STATE = RNG.bit_generator.state
 IMAGES = RNG.integers(0, 2**63, (40, 2), dtype=np.uint64)
 IDENTITY = np.arange(1, 7)
+
+
+@pytest.fixture(autouse=True)
+def _each_test_its_own_numbers():
+    RNG.bit_generator.state = STATE
 
 
 def setting(

@@ -10,12 +10,14 @@ from scipy import optimize, sparse, spatial, stats
 
 def kl(p: np.ndarray, q: np.ndarray) -> float:
     """Kullback-Leibler divergence sum p log(p / q): 0 for equal maps, infinite where q is 0 and p is not."""
-    return float(stats.entropy(*_distributions("kl", p, q)))
+    return _kl(*_distributions("kl", p, q))
 
 
 def js(p: np.ndarray, q: np.ndarray) -> float:
     """Jensen-Shannon divergence (kl(p, m) + kl(q, m)) / 2 with m = (p + q) / 2: in [0, log 2]."""
-    return float(spatial.distance.jensenshannon(*_distributions("js", p, q)) ** 2)
+    p, q = _distributions("js", p, q)
+    m = (p + q) / 2
+    return (_kl(p, m) + _kl(q, m)) / 2  # SciPy's jensenshannon is NaN where rounding makes this negative
 
 
 def pearson(p: np.ndarray, q: np.ndarray) -> float:
@@ -59,6 +61,10 @@ def emd(p: np.ndarray, q: np.ndarray) -> float:
     if not solved.success:
         raise RuntimeError(f"emd: {solved.message}")
     return float(solved.fun)
+
+
+def _kl(p: np.ndarray, q: np.ndarray) -> float:
+    return max(float(stats.entropy(p, q)), 0.0)
 
 
 def _correlation(measure, p: np.ndarray, q: np.ndarray) -> float:

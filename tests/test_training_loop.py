@@ -85,7 +85,7 @@ class Stop(Watch):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_stopped_training_goes_on_bit_for_bit(name, folder, tmp_path):
+def test_a_stopped_training_goes_on_bit_for_bit(name, folder, tmp_path, capsys):
     said = settings(folder, tmp_path / "whole", epochs=3, **METHODS[name])
     rows = loop.train(said, CPU)
     assert [row["epoch"] for row in rows] == [0, 1, 2] and all(row["images"] == 24 for row in rows)
@@ -101,6 +101,27 @@ def test_a_stopped_training_goes_on_bit_for_bit(name, folder, tmp_path):
     assert all(np.isfinite(row["loss"]) for row in rows)
     if name == "average":
         assert not same(whole["ema"], whole["model"]) and "ema_top1" in rows[0]
+        evaluated = ["eval", str(tmp_path / "whole"), "--data", str(folder), "--rounds", "0", "--ema"]
+        assert main(evaluated) == 0
+        assert f"top1 {rows[-1]['ema_top1']:.2f} %" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["metr", "mctf"])
+def test_a_compiled_training_is_the_same(name, folder, tmp_path, monkeypatch):
+    """By Dynamo's graphs, run as they are; MCTF's r of the second pass is another one at every step."""
+    compiled = []
+    plain = torch.nn.Module.compile
+
+    def traced(self):
+        compiled.append(self)
+        plain(self, backend="eager")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", traced)
+    runs = [settings(folder, tmp_path / str(yes), epochs=1, compile=yes, **METHODS[name]) for yes in (False, True)]
+    torch._dynamo.reset()
+    rows = [loop.train(said, CPU) for said in runs]
+    assert len(compiled) == 1 and rows[0] == rows[1]
+    assert torch._dynamo.utils.counters["frames"]["ok"] > 0
 
 
 def test_killed_with_9_it_goes_on_bit_for_bit(folder, tmp_path):

@@ -24,9 +24,10 @@ study: $(VENV)/developing  ## what training does for token reduction, on digits:
 	$(BIN)/python -m benchmarks.study
 
 PHOTOGRAPHS := .cache/photographs
-report: $(VENV)/developing  ## tokred analyze on photographs that packages ship: report/report.html, in a quarter of an hour
+report: $(VENV)/developing  ## tokred analyze on photographs that packages ship and on trained models of digits: report/report.html
 	$(BIN)/pip install --disable-pip-version-check -q --no-deps 'scikit-image>=0.25,<0.27'
 	$(BIN)/python -m benchmarks.photographs $(PHOTOGRAPHS)
+	$(BIN)/python -m benchmarks.study_records report
 	$(BIN)/tokred analyze $(PHOTOGRAPHS)/scenes $(PHOTOGRAPHS)/textures --model deit_tiny_patch16_224 --model deit_small_patch16_224 -o report
 
 browser: $(VENV)/developing  ## the page of tokred analyze in a headless Chromium

@@ -12,6 +12,8 @@ import pytest
 from PIL import Image
 from test_cli import ROOT, one_line
 
+from benchmarks import photographs as photographs_of_packages
+from benchmarks import study_records
 from tokred_kernels import analysis
 from tokred_kernels.analysis.record import HEADER_BYTES
 from tokred_kernels.cli import main
@@ -47,7 +49,7 @@ def analyze(output, *argv) -> None:
 
 
 def contents(folder) -> dict:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
 
 
 @pytest.fixture(scope="module")
@@ -227,3 +229,32 @@ class TestInTheWay:
     def test_a_damaged_list(self, there, capsys):
         (there[1] / "birds" / "images.json").write_text("{}")
         self.refused(there, "images.json is damaged", capsys)
+
+
+def test_trained_models_are_recorded_for_the_report(tmp_path):
+    """What make report adds, of hardly trained models; what is there is left."""
+    study_records.write(tmp_path, methods=("topk",), epochs=0, tuning=0)
+    records = [analysis.Record(path) for path in sorted((tmp_path / "digits").glob("*.record"))]
+    analysis.check_comparable(records)
+    assert [record.header.keep_rate for record in records] == [0.3, 0.5, 0.7, None]
+    assert all(len(record) == 360 and record.header.grid == [6, 6] for record in records)
+    assert set(records[0].rows["label"]) == set(range(10))
+    listed = json.loads((tmp_path / "digits" / "images.json").read_text())
+    with Image.open(listed["files"][0]) as image:
+        assert image.size == (12, 12)
+    before = contents(tmp_path / "digits")
+    study_records.write(tmp_path, methods=("evit",))
+    assert contents(tmp_path / "digits") == before
+
+
+def test_photographs_of_packages_are_cut_into_seven(tmp_path, monkeypatch):
+    sources = {"scenes": (("sklearn/datasets/images", ("china.jpg", "flower.jpg")),)}
+    monkeypatch.setattr(photographs_of_packages, "SOURCES", sources)
+    photographs_of_packages.write(tmp_path)
+    names = sorted(path.name for path in (tmp_path / "scenes").iterdir())
+    assert names == sorted(f"{n}-{name}.png" for n in range(7) for name in ("china", "flower"))
+    with (
+        Image.open(tmp_path / "scenes" / "3-china.png") as crop,
+        Image.open(tmp_path / "scenes" / "0-china.png") as whole,
+    ):
+        np.testing.assert_array_equal(crop, np.asarray(whole)[: crop.height, -crop.width :])

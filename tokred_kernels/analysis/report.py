@@ -180,12 +180,13 @@ def _group(group: Group) -> Iterator[Callable[[Path], Table | Shown]]:
     if len(group.rates) > 1:
         lines = {method: [] for method in group.methods}
         for setting in group.reduced:
-            lines[setting.method].append((setting.header.keep_rate, setting.agreement(group.dense)))
+            lines[setting.method].append((setting.header.keep_rate, summary.score(setting, group.dense)))
+        known = not math.isnan(group.dense.accuracy)
         yield _figure(
-            f"{prefix}.agreement",
-            "How often is the answer that of the dense model?",
-            "Share of the images.",
-            figures.lines(lines, "same answer as dense"),
+            f"{prefix}.accuracy" if known else f"{prefix}.agreement",
+            "How often is the answer right?" if known else "How often is the answer that of the dense model?",
+            f"Share of the images; {group.dense.accuracy:.3f} without reduction." if known else "Share of the images.",
+            figures.lines(lines, "accuracy" if known else "same answer as dense"),
         )
     yield _table(
         f"{prefix}.proxies",

@@ -238,23 +238,23 @@ def proxy_rows(group: Group, compared: Sequence[dict]) -> list[dict]:
         at = {setting.method: setting for setting in group.at(rate)}
         if reference not in at:
             continue
-        score = {method: _score(setting, group.dense) for method, setting in at.items()}
+        scores = {method: score(setting, group.dense) for method, setting in at.items()}
         for measure in MEASURES:
             points = [
-                (row[measure], score[reference] - score[({row["a"], row["b"]} - {reference}).pop()])
+                (row[measure], scores[reference] - scores[({row["a"], row["b"]} - {reference}).pop()])
                 for row in compared
                 if row["keep_rate"] == rate and reference in (row["a"], row["b"]) and DENSE not in (row["a"], row["b"])
             ]
             points = [point for point in points if np.isfinite(point).all()]
             if len(points) >= 4:
                 found = proxies.proxy(*map(np.array, zip(*points, strict=True)))
-                rows.append(
-                    {"keep_rate": rate, "reference": reference, "measure": measure, "n": len(points), **found._asdict()}
-                )
+                row = {"keep_rate": rate, "reference": reference, "measure": measure, "n": len(points)}
+                rows += [{**row, **found._asdict()}] if math.isfinite(found.spearman) else []
     return rows
 
 
-def _score(setting: Setting, dense: Setting) -> float:
+def score(setting: Setting, dense: Setting) -> float:
+    """Accuracy, or without labels the agreement with the dense model."""
     return setting.agreement(dense) if math.isnan(setting.accuracy) else setting.accuracy
 
 

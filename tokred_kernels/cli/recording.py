@@ -6,12 +6,12 @@ A run that was stopped goes on where it stopped: with the same batch size its re
 import argparse
 import contextlib
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .. import methods
 from ..analysis.record import HEADER_BYTES, Header, Writer, read_header
@@ -99,8 +99,8 @@ def _settings(
         "feature_blocks": features if model.has_class_token else [],
         "width": model.embed_dim,
     }
-    weights = _fingerprint(model.named_parameters())
-    found = [Setting(dense, {**common, **_of_method(dense, DENSE, None, {}, weights)})]
+    weights = fingerprint(model.named_parameters())
+    found = [Setting(dense, {**common, **of_method(dense, DENSE, None, {}, weights)})]
     for method in names:
         for rate in rates:
             options = compare.options(method, model, rate, stages)
@@ -112,11 +112,11 @@ def _settings(
                     raise UserError(error) from None
                 left_out[f"{name}, {method}"] = str(error)
                 break
-            found.append(Setting(reduced, {**common, **_of_method(reduced, method, rate, options, weights)}))
+            found.append(Setting(reduced, {**common, **of_method(reduced, method, rate, options, weights)}))
     return found
 
 
-def _of_method(model: nn.Module, method: str, rate: float | None, options: dict, weights: str) -> dict:
+def of_method(model: nn.Module, method: str, rate: float | None, options: dict, weights: str) -> dict:
     """The fields of a header that the method decides."""
     removed = model.tokred_method.schedule(len(model.blocks), model.patch_embed.num_patches)
     parts = [(name, p) for name, p in model.named_parameters() if "tokred_part" in name]
@@ -125,12 +125,13 @@ def _of_method(model: nn.Module, method: str, rate: float | None, options: dict,
         "keep_rate": rate,
         "options": options,
         "untrained": bool(parts),
-        "fingerprint": weights + _fingerprint(parts) if parts else weights,
+        "fingerprint": weights + fingerprint(parts) if parts else weights,
         "blocks": [block for block, r in enumerate(removed[: len(model.blocks)]) if r > 0],
     }
 
 
-def _fingerprint(parameters) -> str:
+def fingerprint(parameters: Iterable[tuple[str, Tensor]]) -> str:
+    """Of named parameters, as a header has it."""
     digest = hashlib.blake2b(digest_size=8)
     for name, p in parameters:
         digest.update(name.encode())

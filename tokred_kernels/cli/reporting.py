@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import io
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -67,22 +68,17 @@ def _complete(path: Path, sets: dict[str, datasets.Dataset]) -> Record:
 
 def _examples(group: "Group", dataset: datasets.Dataset, count: int, figures: Path) -> list["Example"]:
     """The first photographs as the model sees them, and what each method makes of them; also one PNG a keep rate."""
-    import timm
-    from PIL import Image
-
     from .. import draw
     from ..analysis import report
 
     header = group.dense.header
-    config = timm.data.resolve_data_config(pretrained_cfg=timm.get_pretrained_cfg(header.model).to_dict())
-    transform = timm.data.create_transform(**{**config, "mean": (0,) * 3, "std": (1,) * 3}, is_training=False)
+    transform = _transform(header.model)
     found, rows, marks = [], {rate: [] for rate in group.rates}, set()
     for index, file in enumerate(dataset.files[:count]):
         digest = np.frombuffer(hashlib.blake2b(file.read_bytes(), digest_size=16).digest(), "<u8")
         if (digest != group.dense.record.rows["image"][index]).any():
             raise UserError(f"{file} is another image than when it was recorded")
-        pixels = (transform(open_image(file)) * 255).round().byte().permute(1, 2, 0).numpy()
-        photograph = Image.fromarray(pixels)
+        photograph = transform(open_image(file))
         for rate in group.rates:
             panels = [draw.Titled(photograph, file.name, f"keep {rate:g}")]
             for setting in group.at(rate):
@@ -101,6 +97,18 @@ def _examples(group: "Group", dataset: datasets.Dataset, count: int, figures: Pa
             sheet = draw.sheet(lines, heading, marks)
             sheet.save(figures / f"{report.name(group)}.examples.{rate:g}.png", optimize=True)
     return found
+
+
+def _transform(model: str) -> Callable:
+    """What timm's model of that name sees of a photograph; of other models the whole."""
+    import timm
+    from PIL import Image
+
+    if not timm.is_model(model):
+        return lambda image: image.resize((224, 224), Image.Resampling.NEAREST)
+    config = timm.data.resolve_data_config(pretrained_cfg=timm.get_pretrained_cfg(model).to_dict())
+    transform = timm.data.create_transform(**{**config, "mean": (0,) * 3, "std": (1,) * 3}, is_training=False)
+    return lambda image: Image.fromarray((transform(image) * 255).round().byte().permute(1, 2, 0).numpy())
 
 
 def _uri(image) -> str:

@@ -201,6 +201,35 @@ inline MergeArgs merge_args(const char* op, const Tensor& x, const Tensor& assig
   return a;
 }
 
+// Of an add_*_norm op: what it adds to the tokens and how it normalises the rows. x is checked already.
+struct NormArgs {
+  Tensor branch;                // [B, N, C]
+  OptionalTensor weight, bias;  // [C] contiguous, any floating dtype
+  int64_t s_b, s_n;
+  double eps;
+};
+
+inline NormArgs norm_args(const char* op, const Tensor& x, const Tensor& branch, const OptionalTensor& norm_weight,
+                          const OptionalTensor& norm_bias, double eps) {
+  if (branch.scalar_type() != x.scalar_type())
+    fail(op, "branch", show_dtype(x.scalar_type()) + " as x", show_dtype(branch.scalar_type()));
+  check_shape(op, "branch", branch, "[B, N, C]", {x.size(0), x.size(1), x.size(2)});
+  check_device(op, "branch", branch, x);
+  const auto row = [&](const char* argument, const OptionalTensor& t) {
+    if (!t) return t;
+    check_floating(op, argument, *t);
+    check_shape(op, argument, *t, "[C]", {x.size(2)});
+    check_device(op, argument, *t, x);
+    return OptionalTensor(as_contiguous(*t));
+  };
+  NormArgs a;
+  a.weight = row("norm_weight", norm_weight), a.bias = row("norm_bias", norm_bias);
+  a.branch = inner_contiguous(branch);
+  a.s_b = a.branch.stride(0), a.s_n = a.branch.stride(1);
+  a.eps = eps;
+  return a;
+}
+
 struct UnmergeArgs {
   Tensor y;       // [B, M, C]
   Tensor assign;  // [B, N] contiguous int32

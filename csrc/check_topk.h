@@ -1,4 +1,4 @@
-// Argument checks of topk and topk_gather; see check.h.
+// Argument checks of topk, topk_gather and add_topk_gather_norm; see check.h.
 #pragma once
 #include "check.h"
 
@@ -36,9 +36,8 @@ struct TopkGatherArgs {
   bool mean;       // the sum is to be divided by that of the scores
 };
 
-inline TopkGatherArgs topk_gather_args(const Tensor& x, const Tensor& score, int64_t k, int64_t prefix,
+inline TopkGatherArgs topk_gather_args(const char* op, const Tensor& x, const Tensor& score, int64_t k, int64_t prefix,
                                        const std::string& fuse) {
-  const char* op = "topk_gather";
   check_rank3(op, "x", x, "[B, N, C]");
   check_per_token(op, "score", score, x.size(0), x.size(1), x);
   check_prefix(op, prefix, x.size(1));

@@ -66,6 +66,8 @@ def shardings():
         "match": (ops.match, (x, 3, 1, size), dict(two_way=True)),
         "match_merge": (ops.match_merge, (x, y, 3, 1, size), {}),
         "merge": (ops.merge, (x, assign, 6, size), {}),
+        "add_merge_norm": (ops.add_merge_norm, (x, y, assign, 6, x[0, 0], y[0, 0], size), {}),
+        "add_topk_gather_norm": (ops.add_topk_gather_norm, (x, y, size, 4, x[0, 0], None), dict(fuse="sum")),
         "unmerge": (ops.unmerge, (x[:, :6], assign), {}),
         "topk": (ops.topk, (size, 4), {}),
         "topk_gather": (ops.topk_gather, (x, size, 4), dict(fuse="mean")),

@@ -20,6 +20,7 @@ from attention_cases import ATTENTION_CASES, DIFFERENTIABLE, SIZES, AttentionCas
 from cases import ISAS, MATCH_CASES, MERGE_CASES, MatchCase, MergeCase
 from cluster_cases import TRAPS as CLUSTER_TRAPS
 from cluster_cases import UPDATES, ClusterCase
+from norm_oracle import EPS, affine, branch_of, check_norm, check_steps
 from oracle import check_assign, check_merge
 from topk_cases import FUSE, TRAPS, TopkCase
 
@@ -137,6 +138,10 @@ def run_match(case: MatchCase) -> None:
 def run_merge(case: MergeCase, reduce: str) -> None:
     x, assign, size, weight = case.x(), case.assign(), case.per_token("size"), case.per_token("weight")
     check_merge(tokred.merge(x, assign, case.M, size, weight, reduce=reduce), x, assign, case.M, size, weight, reduce)
+    branch, norm = branch_of(x), affine(case.C)
+    *got, normed = tokred.add_merge_norm(x, branch, assign, case.M, *norm, size, eps=EPS)
+    check_steps(got, tokred.merge(x + branch, assign, case.M, size))
+    check_norm(normed, got[0], *norm)
 
 
 def run_topk(case: TopkCase) -> None:
@@ -145,6 +150,10 @@ def run_topk(case: TopkCase) -> None:
     for fuse in FUSE:
         got = tokred.topk_gather(x, score, case.k, case.p, fuse=fuse)
         topk_oracle.check_gather(got, x, score, case.k, case.p, fuse)
+    branch, norm = branch_of(x), affine(case.C)
+    *got, normed = tokred.add_topk_gather_norm(x, branch, score, case.k, *norm, case.p, fuse=fuse, eps=EPS)
+    topk_oracle.check_gather(got, x + branch, score, case.k, case.p, fuse)
+    check_norm(normed, got[0], *norm)
 
 
 def run_attention(case: AttentionCase) -> None:

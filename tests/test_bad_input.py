@@ -41,6 +41,42 @@ BAD = {
         lambda: tokred.merge(X, A[:, :6], 3),
         r"merge: assign must be int32 \[B, N\] = \[2, 7\], got \[2, 6\]",
     ),
+    "add_merge_norm-branch-dtype": (
+        lambda: tokred.add_merge_norm(X, X.double(), A, 3, None, None),
+        r"add_merge_norm: branch must be float32 as x, got float64",
+    ),
+    "add_merge_norm-branch-shape": (
+        lambda: tokred.add_merge_norm(X, X[:, 1:], A, 3, None, None),
+        r"add_merge_norm: branch must be \[B, N, C\] = \[2, 7, 4\], got \[2, 6, 4\]",
+    ),
+    "add_merge_norm-weight": (
+        lambda: tokred.add_merge_norm(X, X, A, 3, X[0, 0, :3], None),
+        r"add_merge_norm: norm_weight must be \[C\] = \[4\], got \[3\]",
+    ),
+    "add_merge_norm-bias": (
+        lambda: tokred.add_merge_norm(X, X, A, 3, None, A[0, :4]),
+        r"add_merge_norm: norm_bias must be float32, .*, got int32",
+    ),
+    "add_merge_norm-m": (
+        lambda: tokred.add_merge_norm(X, X, A, -1, None, None),
+        r"add_merge_norm: m must be at least 0, got -1",
+    ),
+    "add_topk_gather_norm-k": (
+        lambda: tokred.add_topk_gather_norm(X, X, S, -1, None, None),
+        r"add_topk_gather_norm: k must be at least 0, got -1",
+    ),
+    "add_topk_gather_norm-fuse": (
+        lambda: tokred.add_topk_gather_norm(X, X, S, 3, None, None, fuse="all"),
+        r'add_topk_gather_norm: fuse must be "none", "sum" or "mean", got "all"',
+    ),
+    "add_topk_gather_norm-prefix": (
+        lambda: tokred.add_topk_gather_norm(X, X, S, 3, None, None, 8),
+        r"add_topk_gather_norm: prefix must be in \[0, N\] = \[0, 7\], got 8",
+    ),
+    "add_topk_gather_norm-branch": (
+        lambda: tokred.add_topk_gather_norm(X, X[:1], S, 3, None, None),
+        r"add_topk_gather_norm: branch must be \[B, N, C\] = \[2, 7, 4\], got \[1, 7, 4\]",
+    ),
     "merge-m": (lambda: tokred.merge(X, A, -1), r"merge: m must be at least 0, got -1"),
     "merge-size-dtype": (lambda: tokred.merge(X, A, 3, S.long()), r"merge: size must be float32, .*, got int64"),
     "merge-size-bool": (lambda: tokred.merge(X, A, 3, S.bool()), r"merge: size must be float32, .*, got bool"),

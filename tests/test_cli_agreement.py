@@ -12,12 +12,17 @@ from tokred_kernels.cli import agreement, main
 MODEL = "test_vit"  # timm's smallest: 6 blocks of 100 patches, width 64
 
 
-def _keeps_the_worst(x, score, k, prefix=1, *, fuse="none"):
-    return reference.topk_gather(x, -score, k, prefix, fuse=fuse)
+def _keeps_the_worst(x, branch, score, *args, **kwargs):
+    return reference.add_topk_gather_norm(x, branch, -score, *args, **kwargs)
 
 
-def _fuses_the_mean(x, score, k, prefix=1, *, fuse="none"):
-    return reference.topk_gather(x, score, k, prefix, fuse="mean")
+def _fuses_the_mean(*args, **kwargs):
+    return reference.add_topk_gather_norm(*args, **{**kwargs, "fuse": "mean"})
+
+
+def _forgets_the_norm(*args, **kwargs):
+    out, assign, _ = reference.add_topk_gather_norm(*args, **kwargs)
+    return out, assign, out.clone()
 
 
 def _scores_late(q, k, v, size=None, *, scale=None, scores="none"):
@@ -32,8 +37,9 @@ def _attends_flatly(q, k, v, size=None, *, scale=None, scores="none"):
 @pytest.mark.parametrize(
     ("op", "bug", "caught"),
     [
-        ("topk_gather", _keeps_the_worst, "wrong"),
-        ("topk_gather", _fuses_the_mean, "step_error"),
+        ("add_topk_gather_norm", _keeps_the_worst, "wrong"),
+        ("add_topk_gather_norm", _fuses_the_mean, "step_error"),
+        ("add_topk_gather_norm", _forgets_the_norm, "step_error"),
         ("attention", _scores_late, "attention_error"),
         ("attention", _attends_flatly, "attention_error"),
     ],
@@ -60,11 +66,11 @@ def _matches_one_channel(metric, r, prefix=1, weight=None, *, power=1.0, two_way
     return reference.match(metric[..., :1], r, prefix)
 
 
-def _forgets_sizes(x, assign, m, size=None, weight=None, *, reduce="mean"):
-    return reference.merge(x, assign, m)
+def _forgets_sizes(x, branch, assign, m, norm_weight, norm_bias, size=None, *, eps=1e-6):
+    return reference.add_merge_norm(x, branch, assign, m, norm_weight, norm_bias, eps=eps)
 
 
-@pytest.mark.parametrize(("op", "bug"), [("match", _matches_one_channel), ("merge", _forgets_sizes)])
+@pytest.mark.parametrize(("op", "bug"), [("match", _matches_one_channel), ("add_merge_norm", _forgets_sizes)])
 def test_wrong_kernel_is_caught_and_nothing_is_timed(op, bug, tmp_path, capsys):
     saved = tmp_path / "out.json"
     override = Library("tokred", "IMPL")

@@ -83,8 +83,8 @@ def test_a_wrong_kernel_is_named_and_its_methods_are_not_timed(monkeypatch, tmp_
     monkeypatch.setattr(methods, "METHODS", {name: METHODS[name] for name in ("tome", "topk")})
     override = Library("tokred", "IMPL")
     override.impl(
-        "topk_gather",
-        lambda x, score, k, p=1, *, fuse="none": reference.topk_gather(x, -score, k, p),
+        "add_topk_gather_norm",
+        lambda x, branch, score, *args, **kwargs: reference.add_topk_gather_norm(x, branch, -score, *args, **kwargs),
         "CPU",
         allow_override=True,
     )

@@ -9,7 +9,7 @@ import torch
 import vits
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_models_tome import CountOps
+from test_models_tome import CountOps, unfused
 from vits import TINY, assert_same_forward, images, reduced, tiny
 
 import tokred_kernels as tokred
@@ -245,18 +245,25 @@ def test_half_models_and_autocast_score_in_float32(name, dtype):
         assert (other - want).abs().max() < 0.5 * want.abs().max()
 
 
-def test_a_reducing_step_dispatches_one_op_beyond_the_dense_block():
-    """C10: topk_gather; the scores come from the attention."""
+def test_a_reducing_step_dispatches_one_op_less_than_the_dense_block():
+    """C10: the fused tail is also an addition and the norm; the scores come from the attention. In training,
+    topk_gather comes on top."""
     dense = tiny("deit").blocks[0]
     block = tokred.apply(tiny("deit"), "evit", keep_rate=0.7, stages=(0,)).blocks[0]
     x = torch.randn(2, 37, 32)
     with torch.no_grad(), CountOps() as plain:
         dense(x)
     names = ["tokred::attention" if "attention" in name else name for name in plain.names]
-    for r, extra in ((5, ["tokred::topk_gather"]), (0, [])):
+    fused = [*names, "tokred::add_topk_gather_norm"]
+    for absorbed in ("aten::add.Tensor", "aten::native_layer_norm"):
+        fused.remove(absorbed)
+    for r, want in ((5, fused), (0, names)):
         with torch.no_grad(), CountOps() as counted:
             block(x, None, r)
-        assert sorted(counted.names) == sorted(names + extra)
+        assert sorted(counted.names) == sorted(want)
+    with torch.no_grad(), unfused(block), CountOps() as counted:
+        block(x, None, 5)
+    assert sorted(counted.names) == sorted([*names, "tokred::topk_gather"])
 
 
 def test_attention_dropout_is_refused_where_scores_are_needed_and_only_in_training():

@@ -3,8 +3,8 @@
     import timm, tokred_kernels as tokred
     model = tokred.apply(timm.create_model("deit_small_patch16_224").eval(), "tome", r=13)
 
-Ops: attention, attention_scores, match, match_merge, merge, topk, topk_gather, unmerge; for clusters: knn, medoids,
-nearest, pairwise_distance, separation. Each is also torch.ops.tokred.*.
+Ops: add_merge_norm, add_topk_gather_norm, attention, attention_scores, match, match_merge, merge, topk, topk_gather,
+unmerge; for clusters: knn, medoids, nearest, pairwise_distance, separation. Each is also torch.ops.tokred.*.
 Models: apply, remove, trace; load_published, load_metr; add_exits, exit_logits, remove_exits; two_passes;
 policy_logits. Losses and the training itself: training. Schedules and MACs: schedule.
 Fixed and random partitions beside match: partition. Patterns compared: analysis. Backends: info, use_backend.
@@ -14,6 +14,8 @@ import importlib
 
 from ._backend import info, use_backend
 from .ops import (
+    add_merge_norm,
+    add_topk_gather_norm,
     attention,
     attention_scores,
     knn,
@@ -33,6 +35,8 @@ from .trace import trace  # eagerly: imported later, the module of that name wou
 __version__ = "0.1.0"
 __all__ = [
     "add_exits",
+    "add_merge_norm",
+    "add_topk_gather_norm",
     "analysis",
     "apply",
     "attention",

@@ -22,6 +22,7 @@ CLUSTERING = ("pairwise_distance", "knn", "separation", "nearest", "medoids")
 OPS = (
     "match",
     "merge",
+    "add_merge_norm",
     "unmerge",
     "match_merge",
     "attention",
@@ -29,6 +30,7 @@ OPS = (
     "attention_scores",
     "topk",
     "topk_gather",
+    "add_topk_gather_norm",
     *CLUSTERING,
 )
 TRITON_ONLY = ("attention_backward", *CLUSTERING)  # no CUDA C++ form

@@ -100,16 +100,40 @@ def match(metric: Tensor, r, prefix, weight: Tensor | None) -> None:
     _per_token("match", "weight", weight, metric.shape[0], metric.shape[-2], metric.device)
 
 
-def merge(x: Tensor, assign: Tensor, m, size: Tensor | None, weight: Tensor | None, reduce: str) -> None:
-    _floating("merge", "x", x)
-    _rank("merge", "x", x, "[B, N, C]")
+def merge(x: Tensor, assign: Tensor, m, size: Tensor | None, weight: Tensor | None, reduce: str, op="merge") -> None:
+    _floating(op, "x", x)
+    _rank(op, "x", x, "[B, N, C]")
     B, N, _ = x.shape
-    _assign("merge", assign, B, N, x.device)
+    _assign(op, assign, B, N, x.device)
     if m < 0:
-        _fail("merge", "m", "at least 0", str(m))
-    _per_token("merge", "size", size, B, N, x.device)
-    _per_token("merge", "weight", weight, B, N, x.device)
-    _one_of("merge", "reduce", reduce, REDUCE)
+        _fail(op, "m", "at least 0", str(m))
+    _per_token(op, "size", size, B, N, x.device)
+    _per_token(op, "weight", weight, B, N, x.device)
+    _one_of(op, "reduce", reduce, REDUCE)
+
+
+def add_merge_norm(
+    x: Tensor,
+    branch: Tensor,
+    assign: Tensor,
+    m,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    size: Tensor | None,
+) -> None:
+    merge(x, assign, m, size, None, "mean", "add_merge_norm")
+    _add_norm("add_merge_norm", x, branch, norm_weight, norm_bias)
+
+
+def _add_norm(op: str, x: Tensor, branch: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None) -> None:
+    _dense(op, "branch", branch)
+    if branch.dtype != x.dtype:
+        _fail(op, "branch", f"{_name(x.dtype)} as x", _name(branch.dtype))
+    _shape_and_device(op, "branch", branch, "[B, N, C]", x.shape, x.device)
+    for argument, t in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
+        if t is not None:
+            _floating(op, argument, t)
+            _shape_and_device(op, argument, t, "[C]", x.shape[2:], x.device)
 
 
 def unmerge(y: Tensor, assign: Tensor) -> None:
@@ -195,14 +219,27 @@ def topk(op: str, score: Tensor, k, prefix) -> None:
         _fail(op, "k", "at least 0", str(k))
 
 
-def topk_gather(x: Tensor, score: Tensor, k, prefix, fuse: str) -> None:
-    op = "topk_gather"
+def topk_gather(x: Tensor, score: Tensor, k, prefix, fuse: str, op: str = "topk_gather") -> None:
     _floating(op, "x", x)
     _rank(op, "x", x, "[B, N, C]")
     _floating(op, "score", score)
     _shape_and_device(op, "score", score, "[B, N]", tuple(x.shape[:2]), x.device)
     topk(op, score, k, prefix)
     _one_of(op, "fuse", fuse, FUSE)
+
+
+def add_topk_gather_norm(
+    x: Tensor,
+    branch: Tensor,
+    score: Tensor,
+    k,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    prefix,
+    fuse: str,
+) -> None:
+    topk_gather(x, score, k, prefix, fuse, "add_topk_gather_norm")
+    _add_norm("add_topk_gather_norm", x, branch, norm_weight, norm_bias)
 
 
 def pairwise_distance(x: Tensor) -> None:

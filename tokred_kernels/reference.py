@@ -129,6 +129,33 @@ def merge(
     return out.to(x.dtype), size_out
 
 
+def add_merge_norm(
+    x: Tensor,
+    branch: Tensor,
+    assign: Tensor,
+    m: int,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    size: Tensor | None = None,
+    *,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check.add_merge_norm(x, branch, assign, m, norm_weight, norm_bias, size)
+    out, size_out = merge(x + branch, assign, m, size)
+    return out, size_out, _layer_norm(out, norm_weight, norm_bias, eps)
+
+
+def _layer_norm(row: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    wide = _wide(row)
+    apart = wide - wide.mean(-1, keepdim=True)
+    normed = apart * (apart.square().mean(-1, keepdim=True) + eps).rsqrt()
+    if weight is not None:
+        normed = normed * weight.to(wide.dtype)
+    if bias is not None:
+        normed = normed + bias.to(wide.dtype)
+    return normed.to(row.dtype)
+
+
 def unmerge(y: Tensor, assign: Tensor) -> Tensor:
     _check.unmerge(y, assign)
     M, C = y.shape[1:]
@@ -271,3 +298,20 @@ def topk_gather(x: Tensor, score: Tensor, k: int, prefix: int = 1, *, fuse: str 
         return out, assign
     fused, _ = merge(_wide(x), torch.where(assign == m, 0, -1).int(), 1, weight=score, reduce=fuse)
     return torch.cat([out, fused.to(x.dtype)], 1), assign
+
+
+def add_topk_gather_norm(
+    x: Tensor,
+    branch: Tensor,
+    score: Tensor,
+    k: int,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    prefix: int = 1,
+    *,
+    fuse: str = "none",
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check.add_topk_gather_norm(x, branch, score, k, norm_weight, norm_bias, prefix, fuse)
+    out, assign = topk_gather(x + branch, score, k, prefix, fuse=fuse)
+    return out, assign, _layer_norm(out, norm_weight, norm_bias, eps)

@@ -22,6 +22,16 @@ struct MatchImage {
   int64_t ahead_bytes;
 };
 
+// What the add_*_norm ops do to one image beside merge or topk_gather: the tokens are x + branch, and each row of out
+// is normalised too. All null without it.
+struct Tail {
+  const void* branch;  // [N, C]
+  int64_t s_n;
+  void* normed;               // [M, C]
+  const void *weight, *bias;  // [C] wide, or null
+  double eps;
+};
+
 // One image of merge. size, weight, size_out in the wide dtype; size and weight may be null.
 struct MergeImage {
   const void* x;          // [N, C]
@@ -33,6 +43,7 @@ struct MergeImage {
   int64_t N, M, C, s_n;
   int reduce;  // tokred::Reduce
   Dtype dtype;
+  Tail tail;
 };
 
 // [B, H, rows, D]: strides in elements, inner stride 1.
@@ -72,6 +83,7 @@ struct TopkGatherImage {
   int64_t M, C, s_n, copied;
   bool mean;  // of the fused row: divide it by the sum of its scores
   Dtype dtype;
+  Tail tail;
 };
 
 // One image of pairwise_distance.

@@ -10,6 +10,8 @@ namespace tokred::avx2 {
 constexpr int kVectorBytes = 32;
 #include "simd.h"
 //
+#include "norm_image.h"
+//
 #include "match_image.h"
 #include "merge_image.h"
 #include "tile.h"

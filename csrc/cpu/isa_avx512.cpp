@@ -12,6 +12,8 @@ namespace tokred::avx512 {
 constexpr int kVectorBytes = 64;
 #include "simd.h"
 //
+#include "norm_image.h"
+//
 #include "match_image.h"
 #include "merge_image.h"
 #include "tile.h"

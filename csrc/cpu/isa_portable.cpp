@@ -6,6 +6,8 @@ namespace tokred::portable {
 constexpr int kVectorBytes = 16;
 #include "simd.h"
 //
+#include "norm_image.h"
+//
 #include "match_image.h"
 #include "merge_image.h"
 #include "tile.h"

@@ -90,7 +90,8 @@ class MergeImages {
             a.C,
             a.s_n,
             static_cast<int>(reduce_),
-            dtype_};
+            dtype_,
+            {}};
   }
 
  private:
@@ -115,6 +116,55 @@ class TopkImages {
   const TopkArgs& args_;
   Dtype dtype_;
   int32_t* assign_;
+};
+
+class TopkGatherImages {
+ public:
+  TopkGatherImages(const TopkGatherArgs& args, const Tensor& assign, const Tensor& out)
+      : args_(args),
+        topk_(args.topk, assign),
+        dtype_(dtype_of(args.x)),
+        out_(static_cast<char*>(out.mutable_data_ptr())),
+        image_bytes_(args.topk.M * args.C * int64_t(out.element_size())) {}
+  TopkGatherImage operator[](int64_t b) const {
+    const TopkGatherArgs& a = args_;
+    return {topk_[b], element(a.x, b * a.s_b), out_ + b * image_bytes_, a.topk.M, a.C, a.s_n, a.copied, a.mean, dtype_,
+            {}};
+  }
+
+ private:
+  const TopkGatherArgs& args_;
+  TopkImages topk_;
+  Dtype dtype_;
+  char* out_;
+  int64_t image_bytes_;
+};
+
+// The tail of each image, with its output.
+class Tails {
+ public:
+  Tails(const NormArgs& args, const Tensor& x, int64_t M)
+      : normed(new_like(x, {x.size(0), M, x.size(2)})),
+        args_(args),
+        weight_(per_token(args.weight, wide(x.scalar_type()))),
+        bias_(per_token(args.bias, wide(x.scalar_type()))),
+        out_(static_cast<char*>(normed.mutable_data_ptr())),
+        image_bytes_(M * x.size(2) * int64_t(normed.element_size())) {}
+  Tail operator[](int64_t b) const {
+    return {element(args_.branch, b * args_.s_b),
+            args_.s_n,
+            out_ + b * image_bytes_,
+            element(weight_, 0),
+            element(bias_, 0),
+            args_.eps};
+  }
+  const Tensor normed;  // [B, M, C]
+
+ private:
+  const NormArgs& args_;
+  const OptionalTensor weight_, bias_;
+  char* out_;
+  int64_t image_bytes_;
 };
 
 inline DistanceView distance_view(const DistanceArgs& a, int64_t b) {

@@ -5,17 +5,11 @@ namespace tokred {
 
 std::tuple<Tensor, Tensor> topk_gather_cpu(const Tensor& x, const Tensor& score, int64_t k, int64_t prefix,
                                            std::string fuse) {
-  const TopkGatherArgs args = topk_gather_args(x, score, k, prefix, fuse);
+  const TopkGatherArgs args = topk_gather_args("topk_gather", x, score, k, prefix, fuse);
   const TopkArgs& topk = args.topk;
   Tensor out = new_like(x, {topk.B, topk.M, args.C}), assign = new_int32(x, {topk.B, topk.N});
-  const TopkImages images(topk, assign);
-  const Dtype dtype = dtype_of(x);
-  char* rows = static_cast<char*>(out.mutable_data_ptr());
-  const int64_t image_bytes = topk.M * args.C * int64_t(out.element_size());
-  for_each_image(topk.B, [&](int64_t b) {
-    isa().topk_gather({images[b], element(args.x, b * args.s_b), rows + b * image_bytes, topk.M, args.C, args.s_n,
-                       args.copied, args.mean, dtype});
-  });
+  const TopkGatherImages images(args, assign, out);
+  for_each_image(topk.B, [&](int64_t b) { isa().topk_gather(images[b]); });
   return {out, assign};
 }
 

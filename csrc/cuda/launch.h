@@ -8,7 +8,7 @@
 
 #include "../check.h"
 #include "../check_topk.h"
-#include "device.cuh"
+#include "norm.cuh"
 
 namespace tokred {
 
@@ -63,6 +63,27 @@ inline const float* floats(const OptionalTensor& t) {
   return t ? static_cast<const float*>(t->const_data_ptr()) : nullptr;
 }
 
+// The tail of an add_*_norm op, and whether it can be read and written in 16-byte words. It keeps what it points to.
+struct TailArgs {
+  Tail tail;
+  bool aligned;
+  OptionalTensor weight, bias;
+};
+
+inline TailArgs tail_args(const NormArgs& args, const Tensor& x, const Tensor& normed) {
+  TailArgs a{{}, true, args.weight, args.bias};
+  // As they are where both are of the type of x, which is the usual model: no copy.
+  for (const OptionalTensor& t : {args.weight, args.bias}) a.tail.wide |= t && t->scalar_type() != x.scalar_type();
+  if (a.tail.wide) a.weight = per_token(a.weight, ScalarType::Float), a.bias = per_token(a.bias, ScalarType::Float);
+  for (const OptionalTensor& t : {a.weight, a.bias}) a.aligned &= !t || is_aligned(*t, {});
+  a.tail.weight = a.weight ? a.weight->const_data_ptr() : nullptr;
+  a.tail.bias = a.bias ? a.bias->const_data_ptr() : nullptr;
+  a.tail.branch = args.branch.const_data_ptr(), a.tail.normed = normed.mutable_data_ptr();
+  a.tail.s_b = args.s_b, a.tail.s_n = args.s_n, a.tail.eps = float(args.eps);
+  a.aligned &= is_aligned(args.branch, {args.s_b, args.s_n});
+  return a;
+}
+
 // TOKRED_DEBUG=1: copies assign to the host, which waits for the device.
 inline void debug_assign_values(const char* op, const Tensor& assign, int64_t m) {
   if (!debug()) return;
@@ -71,6 +92,11 @@ inline void debug_assign_values(const char* op, const Tensor& assign, int64_t m)
   check_assign_values(op, static_cast<const int32_t*>(host.const_data_ptr()), host.numel(), m);
 }
 
+// The batches of merge and of topk_gather's second kernel, for kernels of their own.
+struct MergeBatch;
+struct GatherBatch;
+MergeBatch merge_batch(const char* op, const MergeArgs& args, Reduce reduce, const Tensor& out, const Tensor& size_out);
+GatherBatch gather_batch(const char* op, const TopkGatherArgs& args, const Tensor& assign, const Tensor& out);
 // match.cu and merge.cu; match_merge.cu launches both.
 void match_into(const char* op, const MatchArgs& args, const Tensor& assign);
 void merge_into(const char* op, const MergeArgs& args, Reduce reduce, const Tensor& out, const Tensor& size_out);

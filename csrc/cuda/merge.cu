@@ -4,8 +4,8 @@
 
 namespace tokred {
 
-void merge_into(const char* op, const MergeArgs& args, Reduce reduce, const Tensor& out, const Tensor& size_out) {
-  if (args.B == 0 || args.M == 0) return;
+MergeBatch merge_batch(const char* op, const MergeArgs& args, Reduce reduce, const Tensor& out,
+                       const Tensor& size_out) {
   MergeBatch g;
   g.x = args.x.const_data_ptr(), g.assign = static_cast<const int32_t*>(args.assign.const_data_ptr());
   g.size = floats(args.size), g.weight = floats(args.weight);
@@ -20,6 +20,12 @@ void merge_into(const char* op, const MergeArgs& args, Reduce reduce, const Tens
       g.weight = nullptr;
       break;
   }
+  return g;
+}
+
+void merge_into(const char* op, const MergeArgs& args, Reduce reduce, const Tensor& out, const Tensor& size_out) {
+  if (args.B == 0 || args.M == 0) return;
+  const MergeBatch g = merge_batch(op, args, reduce, out, size_out);
   const bool aligned = is_aligned(args.x, {args.s_b, args.s_n, args.C});
   const Launcher launch(args.x);
   switch (args.x.scalar_type()) {

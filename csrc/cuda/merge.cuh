@@ -14,7 +14,7 @@
 //   merge_kernel<bfloat16, 8>        64              4
 //   merge_kernel<*, 1>          63 - 64              4
 #pragma once
-#include "device.cuh"
+#include "norm.cuh"
 
 namespace tokred {
 
@@ -75,17 +75,17 @@ struct RowSum {
   int count = 0;
 
   // Adds the listed members from channel c on; lanes beyond the last channel are not active, w null means 1.
-  template <typename T>
-  __device__ __forceinline__ void add(const Members& list, const T* x, int64_t s_n, int c, bool active, const float* w,
+  template <typename Tokens>
+  __device__ __forceinline__ void add(const Members& list, const Tokens& tokens, int c, bool active, const float* w,
                                       const float* sizes, bool amax) {
     for (int first = 0; first < list.found; first += kAhead) {
-      Pack<T, kVector> part[kAhead] = {};
+      Pack<typename Tokens::T, kVector> part[kAhead] = {};
       float w_of[kAhead];
 #pragma unroll
       for (int k = 0; k < kAhead; ++k) {
         if (first + k >= list.found) continue;
         const int i = list.token[first + k];
-        if (active) part[k] = *reinterpret_cast<const Pack<T, kVector>*>(x + i * s_n + c);
+        if (active) part[k] = tokens.template at<kVector>(i, c);
         w_of[k] = w ? w[i] : 1;
       }
 #pragma unroll
@@ -104,7 +104,35 @@ struct RowSum {
       }
     }
   }
+
+  template <typename T>
+  __device__ __forceinline__ Pack<T, kVector> result(bool mean) const {
+    const float by = mean && count ? weight : 1;
+    Pack<T, kVector> values;
+#pragma unroll
+    for (int e = 0; e < kVector; ++e) from_float(value[e] / by, values.e[e]);
+    return values;
+  }
 };
+
+// All members of row j. Where the weights of a mean sum to 0, w becomes null, and it is the plain mean.
+template <int kVector, typename Tokens>
+__device__ __forceinline__ RowSum<kVector> sum_members(const MergeBatch& g, const Tokens& tokens, const int32_t* assign,
+                                                       int j, Members& list, bool whole, int c, bool active,
+                                                       const float*& w, const float* size) {
+  RowSum<kVector> sum;
+  for (bool again = true; again;) {
+    sum = {};
+    if (!whole) list.next = 0;
+    do {
+      if (!whole) collect(assign, g.N, j, list);
+      sum.add(list, tokens, c, active, w, size, g.reduce == kReduceAmax);
+    } while (list.next < g.N);
+    again = g.reduce == kReduceMean && w && sum.count && sum.weight == 0;
+    if (again) w = nullptr;
+  }
+  return sum;
+}
 
 template <typename T, int kVector>
 __global__ void __launch_bounds__(kThreads, 4) merge_kernel(const MergeBatch g, const MergeGrid grid) {
@@ -136,24 +164,10 @@ __global__ void __launch_bounds__(kThreads, 4) merge_kernel(const MergeBatch g, 
   for (int chunk = slice; chunk < chunks; chunk += grid.slices) {
     const int v = chunk * kWarp + lane;
     const bool active = v < vectors;
-    RowSum<kVector> sum;
-    for (bool again = true; again;) {
-      sum = {};
-      if (!whole) list.next = 0;
-      do {
-        if (!whole) collect(assign, g.N, j, list);
-        sum.add(list, x, g.s_n, v * kVector, active, w, size, g.reduce == kReduceAmax);
-      } while (list.next < g.N);
-      again = g.reduce == kReduceMean && w && sum.count && sum.weight == 0;
-      if (again) w = nullptr;  // no weight: the plain mean
-    }
+    const RowSum<kVector> sum =
+        sum_members<kVector>(g, Tokens<T>{x, g.s_n}, assign, j, list, whole, v * kVector, active, w, size);
     if (chunk == 0 && lane == 0) g.size_out[b * g.M + j] = sum.size;
-    if (!active) continue;
-    const float by = g.reduce == kReduceMean && sum.count ? sum.weight : 1;
-    Vector result;
-#pragma unroll
-    for (int e = 0; e < kVector; ++e) from_float(sum.value[e] / by, result.e[e]);
-    reinterpret_cast<Vector*>(out)[v] = result;
+    if (active) reinterpret_cast<Vector*>(out)[v] = sum.template result<T>(g.reduce == kReduceMean);
   }
 }
 

@@ -32,17 +32,17 @@ constexpr int kMembersAhead = 8;
 
 // sum += w x and total += w over the listed members, from channel c on; lanes beyond the last are not active, w null
 // means 1.
-template <typename T, int kVector>
-__device__ __forceinline__ void add_members(const Members& list, const T* x, int64_t s_n, int c, bool active,
+template <int kVector, typename Tokens>
+__device__ __forceinline__ void add_members(const Members& list, const Tokens& tokens, int c, bool active,
                                             const float* w, float (&sum)[kVector], float& total) {
   for (int first = 0; first < list.found; first += kMembersAhead) {
-    Pack<T, kVector> part[kMembersAhead] = {};
+    Pack<typename Tokens::T, kVector> part[kMembersAhead] = {};
     float w_of[kMembersAhead];
 #pragma unroll
     for (int k = 0; k < kMembersAhead; ++k) {
       if (first + k >= list.found) continue;
       const int i = list.token[first + k];
-      if (active) part[k] = *reinterpret_cast<const Pack<T, kVector>*>(x + i * s_n + c);
+      if (active) part[k] = tokens.template at<kVector>(i, c);
       w_of[k] = w ? w[i] : 1;
     }
 #pragma unroll
@@ -55,28 +55,26 @@ __device__ __forceinline__ void add_members(const Members& list, const T* x, int
   }
 }
 
-// Chunk `chunk` of the fused row: kWarp * kVector channels.
-template <typename T, int kVector>
-__device__ __forceinline__ void fuse_chunk(const GatherBatch& g, const int32_t* assign, const float* w, const T* x,
-                                           T* out, int chunk, Members list) {
-  const int c = (chunk * kWarp + threadIdx.x % kWarp) * kVector;
-  const bool active = c < g.C;
+// The fused row from channel c on.
+template <int kVector, typename Tokens>
+__device__ __forceinline__ Pack<typename Tokens::T, kVector> fuse(const GatherBatch& g, const int32_t* assign,
+                                                                  const float* w, const Tokens& tokens, int c,
+                                                                  bool active, Members list) {
   float sum[kVector], total;
   for (bool again = true; again;) {
     for (float& s : sum) s = 0;
     total = 0, list.next = 0;
     do {
       collect(assign, g.N, g.copied, list);
-      add_members(list, x, g.s_n, c, active, w, sum, total);
+      add_members(list, tokens, c, active, w, sum, total);
     } while (list.next < g.N);
     again = g.mean && w && total == 0;
     if (again) w = nullptr;  // the plain mean
   }
-  if (!active) return;
-  Pack<T, kVector> result;
+  Pack<typename Tokens::T, kVector> result;
 #pragma unroll
   for (int e = 0; e < kVector; ++e) from_float(g.mean ? sum[e] / total : sum[e], result.e[e]);
-  *reinterpret_cast<Pack<T, kVector>*>(out + c) = result;
+  return result;
 }
 
 // Of the fused row, a lane has 4 bytes.
@@ -92,7 +90,10 @@ __global__ void __launch_bounds__(kThreads, 4) topk_gather_kernel(const GatherBa
   T* out = static_cast<T*>(g.out) + b * g.M * g.C;
   if (item < chunks) {
     const Members list{reinterpret_cast<int*>(shared_memory()) + warp * kListed, 0, 0};
-    fuse_chunk<T, kFusedVector<T, kVector>>(g, assign, g.score + b * g.N, x, out + int64_t(g.copied) * g.C, item, list);
+    constexpr int kFused = kFusedVector<T, kVector>;
+    const int c = (item * kWarp + int(threadIdx.x) % kWarp) * kFused;
+    const auto fused = fuse<kFused>(g, assign, g.score + b * g.N, Tokens<T>{x, g.s_n}, c, c < g.C, list);
+    if (c < g.C) *reinterpret_cast<Pack<T, kFused>*>(out + int64_t(g.copied) * g.C + c) = fused;
     return;
   }
   const int i = item - chunks, j = i < g.N ? assign[i] : -1;

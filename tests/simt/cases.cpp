@@ -76,6 +76,35 @@ static void gather(int B, int N, int copied, int C, bool mean) {
   printf("gather N=%d C=%d: %08x\n", N, C, hash(out));
 }
 
+// The norm's weight is of the type of x, its bias is not there; rows as in merge.
+template <typename T>
+static void merge_norm(int B, int N, int M, int C, bool wide) {
+  Buffer<T> x = normal<T>(size_t(B) * N * C), branch = normal<T>(size_t(B) * N * C), weight = normal<T>(C);
+  Buffer<float> bias = normal<float>(C), size = normal<float>(size_t(B) * N), size_out(size_t(B) * M);
+  Buffer<T> out(size_t(B) * M * C), normed(size_t(B) * M * C);
+  Buffer<int32_t> assign(size_t(B) * N);
+  for (int i = 0; i < B * N; ++i) assign[i] = int(random_bits() % (M + 2)) - 1;  // some are no row
+  const MergeBatch g{x, assign, size, nullptr, out, size_out, B, int64_t(N) * C, C, N, M, C, kReduceMean};
+  const void* none = nullptr;
+  const Tail tail{branch, normed, wide ? none : weight.data.get(), wide ? bias.data.get() : none, int64_t(N) * C, C,
+                  1e-5f,  wide};
+  emulate_merge_norm<T>(g, tail, C * sizeof(T) % 16 == 0);
+  printf("merge_norm N=%d C=%d: %08x\n", N, C, hash(size_out, hash(out, hash(normed))));
+}
+
+template <typename T>
+static void gather_norm(int B, int N, int copied, int C, bool mean) {
+  Buffer<T> x = normal<T>(size_t(B) * N * C), branch = normal<T>(size_t(B) * N * C), weight = normal<T>(C);
+  Buffer<float> score = normal<float>(size_t(B) * N);
+  Buffer<T> out(size_t(B) * (copied + 1) * C), normed(size_t(B) * (copied + 1) * C);
+  Buffer<int32_t> assign(size_t(B) * N);
+  for (int i = 0; i < B * N; ++i) assign[i] = std::min(i % N, copied);
+  const GatherBatch g{x, score, assign, out, B, int64_t(N) * C, C, N, copied + 1, C, copied, mean};
+  const Tail tail{branch, normed, weight, nullptr, int64_t(N) * C, C, 1e-5f, false};
+  emulate_gather_norm<T>(g, tail, C * sizeof(T) % 16 == 0);
+  printf("gather_norm N=%d C=%d: %08x\n", N, C, hash(out, hash(normed)));
+}
+
 int main(int, char** arguments) {
   simt::seed(unsigned(atoi(arguments[1])));
   match<float>(Dtype::kFloat, 2, 1, 31, 5, 9, 0, false, true);
@@ -105,4 +134,11 @@ int main(int, char** arguments) {
   gather<float>(2, 19, 9, 24, true);
   gather<__half>(1, 259, 2, 72, false);
   gather<__nv_bfloat16>(1, 23, 9, 13, true);
+  merge_norm<float>(2, 23, 11, 24, false);
+  merge_norm<__half>(1, 300, 9, 264, true);
+  merge_norm<__nv_bfloat16>(1, 23, 9, 13, true);
+  merge_norm<float>(1, 7, 3, 25600, false);
+  gather_norm<float>(2, 19, 9, 24, true);
+  gather_norm<__half>(1, 259, 2, 72, false);
+  gather_norm<__nv_bfloat16>(1, 23, 9, 13, true);
 }

@@ -4,6 +4,8 @@
 #include <memory>
 #include <stdexcept>
 
+#include "add_merge_norm.cuh"
+#include "add_topk_gather_norm.cuh"
 #include "attention_scores.cuh"
 #include "match_split.cuh"
 #include "merge.cuh"
@@ -64,6 +66,16 @@ inline void emulate_topk(const TopkBatch& g) { launch_topk(g, Launcher{}); }
 template <typename T>
 void emulate_gather(const GatherBatch& g, bool aligned) {
   launch_topk_gather<T>(g, aligned, Launcher{});
+}
+
+template <typename T>
+void emulate_merge_norm(const MergeBatch& g, const Tail& tail, bool aligned) {
+  launch_add_merge_norm<T>(g, tail, aligned, Launcher{});
+}
+
+template <typename T>
+void emulate_gather_norm(const GatherBatch& g, const Tail& tail, bool aligned) {
+  launch_add_topk_gather_norm<T>(g, tail, aligned, Launcher{});
 }
 
 }  // namespace tokred

@@ -3,6 +3,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <optional>
+#include <tuple>
 #include <vector>
 
 #include "kernels.h"
@@ -30,16 +32,31 @@ static std::vector<uint64_t> match(uintptr_t metric, uintptr_t weight, uintptr_t
   return {keys, keys + m.B * m.rows_a()};
 }
 
+// branch, normed, norm_weight, norm_bias, the strides [b, n] of branch, whether the norm's rows are float32, eps; or
+// nothing.
+using TailArgs = std::optional<std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t, bool, float>>;
+
+static Tail tail_of(const TailArgs& args) {
+  const auto [branch, normed, weight, bias, s_b, s_n, wide, eps] = *args;
+  return {
+      pointer<void>(branch), pointer<void>(normed), pointer<void>(weight), pointer<void>(bias), s_b, s_n, eps, wide};
+}
+
 static void merge(uintptr_t x, uintptr_t assign, uintptr_t size, uintptr_t weight, uintptr_t out, uintptr_t size_out,
-                  int64_t B, int N, int M, int C, int64_t s_b, int64_t s_n, int reduce, int dtype, bool aligned) {
+                  int64_t B, int N, int M, int C, int64_t s_b, int64_t s_n, int reduce, int dtype, bool aligned,
+                  const TailArgs& tail) {
   MergeBatch g;
   g.x = pointer<void>(x), g.assign = pointer<int32_t>(assign), g.size = pointer<float>(size);
   g.weight = pointer<float>(weight), g.out = pointer<void>(out), g.size_out = pointer<float>(size_out);
   g.B = B, g.N = N, g.M = M, g.C = C, g.s_b = s_b, g.s_n = s_n, g.reduce = static_cast<Reduction>(reduce);
+  const auto run = [&](auto zero) {
+    using T = decltype(zero);
+    tail ? emulate_merge_norm<T>(g, tail_of(tail), aligned) : emulate_merge<T>(g, aligned);
+  };
   switch (static_cast<Dtype>(dtype)) {
-    case Dtype::kFloat: return emulate_merge<float>(g, aligned);
-    case Dtype::kHalf: return emulate_merge<__half>(g, aligned);
-    case Dtype::kBFloat16: return emulate_merge<__nv_bfloat16>(g, aligned);
+    case Dtype::kFloat: return run(float{});
+    case Dtype::kHalf: return run(__half{});
+    case Dtype::kBFloat16: return run(__nv_bfloat16{});
   }
 }
 
@@ -74,15 +91,19 @@ static void topk(uintptr_t score, uintptr_t assign, int64_t B, int N, int k, int
 }
 
 static void gather(uintptr_t x, uintptr_t score, uintptr_t assign, uintptr_t out, int64_t B, int N, int M, int C,
-                   int64_t s_b, int64_t s_n, int copied, bool mean, int dtype, bool aligned) {
+                   int64_t s_b, int64_t s_n, int copied, bool mean, int dtype, bool aligned, const TailArgs& tail) {
   GatherBatch g;
   g.x = pointer<void>(x), g.score = pointer<float>(score), g.assign = pointer<int32_t>(assign);
   g.out = pointer<void>(out), g.B = B, g.s_b = s_b, g.s_n = s_n, g.N = N, g.M = M, g.C = C, g.copied = copied;
   g.mean = mean;
+  const auto run = [&](auto zero) {
+    using T = decltype(zero);
+    tail ? emulate_gather_norm<T>(g, tail_of(tail), aligned) : emulate_gather<T>(g, aligned);
+  };
   switch (static_cast<Dtype>(dtype)) {
-    case Dtype::kFloat: return emulate_gather<float>(g, aligned);
-    case Dtype::kHalf: return emulate_gather<__half>(g, aligned);
-    case Dtype::kBFloat16: return emulate_gather<__nv_bfloat16>(g, aligned);
+    case Dtype::kFloat: return run(float{});
+    case Dtype::kHalf: return run(__half{});
+    case Dtype::kBFloat16: return run(__nv_bfloat16{});
   }
 }
 

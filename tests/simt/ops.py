@@ -86,10 +86,40 @@ def _score(ordered: int) -> float:
     return struct.unpack("f", struct.pack("I", bits))[0]
 
 
+def _tail(x: Tensor, m: int, tail: tuple | None) -> tuple[tuple | None, bool, "_Output | None"]:
+    """From (branch, norm_weight, norm_bias, eps): what the kernel takes, whether it is aligned, and normed."""
+    if tail is None:
+        return None, True, None
+    branch, weight, bias, eps = tail
+    branch, normed = _inner_contiguous(branch), _Output((x.shape[0], m, x.shape[2]), x.dtype)
+    wide = any(t is not None and t.dtype != x.dtype for t in (weight, bias))
+    rows = [None if t is None else t.float() if wide else t for t in (weight, bias)]
+    aligned = _aligned(branch, [branch.stride(0), branch.stride(1)]) and _aligned(normed.tensor, [])
+    aligned &= all(t is None or _aligned(t, []) for t in rows)
+    _alive.extend((branch, *rows))
+    addresses = map(_address, (branch, normed.tensor, *rows))
+    return (*addresses, branch.stride(0), branch.stride(1), wide, eps), aligned, normed
+
+
+_alive: list = []  # tensors that a pending launch points to
+
+
+def add_merge_norm(x, branch, assign, m, norm_weight, norm_bias, size=None, *, eps=1e-6, seed=0):
+    return merge(x, assign, m, size, tail=(branch, norm_weight, norm_bias, eps), seed=seed)
+
+
+def add_topk_gather_norm(
+    x, branch, score, k, norm_weight, norm_bias, prefix=1, *, fuse="none", eps=1e-6, seed=0
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return topk_gather(x, score, k, prefix, fuse=fuse, tail=(branch, norm_weight, norm_bias, eps), seed=seed)
+
+
 def merge(
-    x: Tensor, assign: Tensor, m: int, size=None, weight=None, *, reduce: str = "mean", seed=0
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, assign: Tensor, m: int, size=None, weight=None, *, reduce: str = "mean", tail=None, seed=0
+) -> tuple[Tensor, ...]:
+    """(out, size_out), and normed with a tail."""
     B, N, C = x.shape
+    tail, tail_aligned, normed = _tail(x, m, tail)
     out, size_out = _Output((B, m, C), x.dtype), _Output((B, m), torch.float32)
     x, assign, size, weight = _inner_contiguous(x), assign.contiguous(), _per_token(size), _per_token(weight)
     if reduce == "amax":
@@ -100,9 +130,10 @@ def merge(
         emulator().merge(
             _address(x), _address(assign), _address(size), _address(weight), _address(out.tensor),
             _address(size_out.tensor), B, N, m, C, x.stride(0), x.stride(1), REDUCE.index(reduce),
-            DTYPES.index(x.dtype), aligned,
+            DTYPES.index(x.dtype), aligned and tail_aligned, tail,
         )  # fmt: skip
-    return out.take(), size_out.take()
+    _alive.clear()
+    return out.take(), size_out.take(), *([normed.take()] if normed else [])
 
 
 def unmerge(y: Tensor, assign: Tensor, *, seed=0) -> Tensor:
@@ -176,7 +207,8 @@ def topk(score: Tensor, k: int, prefix: int = 1, fuse: bool = False, *, seed=0) 
     return assign.take()
 
 
-def topk_gather(x: Tensor, score: Tensor, k: int, prefix: int = 1, *, fuse: str = "none", seed=0):
+def topk_gather(x: Tensor, score: Tensor, k: int, prefix: int = 1, *, fuse: str = "none", tail=None, seed=0):
+    """(out, assign), and normed with a tail."""
     B, N, C = x.shape
     assign = topk(score, k, prefix, fuse != "none", seed=seed)
     k = min(k, N - prefix)
@@ -184,12 +216,14 @@ def topk_gather(x: Tensor, score: Tensor, k: int, prefix: int = 1, *, fuse: str 
     M = prefix + k + fused
     copied = prefix + k if fused and (fuse == "sum" or M < N) else M
     out = _Output((B, M, C), x.dtype)
+    tail, tail_aligned, normed = _tail(x, M, tail)
     x, score = _inner_contiguous(x), _per_token(score)
     if B and N and C:
         strides = [x.stride(0), x.stride(1)]
         aligned = _aligned(x, [*strides, C]) and _aligned(out.tensor, [C])
         emulator().gather(
             _address(x), _address(score), _address(assign), _address(out.tensor), B, N, M, C, *strides, copied,
-            fuse == "mean" and copied < M, DTYPES.index(x.dtype), aligned,
+            fuse == "mean" and copied < M, DTYPES.index(x.dtype), aligned and tail_aligned, tail,
         )  # fmt: skip
-    return out.take(), assign
+    _alive.clear()
+    return out.take(), assign, *([normed.take()] if normed else [])

@@ -44,6 +44,8 @@ class StepChecker(TorchDispatchMode):
         self.checks = {
             ops.match.default: self._match,
             ops.merge.default: self._merge,
+            ops.add_merge_norm.default: self._merge_norm,
+            ops.add_topk_gather_norm.default: self._select_norm,
             ops.topk.default: self._exactly(reference.topk),
             ops.topk_gather.default: self._select,
             ops.attention.default: self._attend,
@@ -98,12 +100,26 @@ class StepChecker(TorchDispatchMode):
         self.check.error = max(self.check.error, _relative_error(out, want))
         self.check.wrong += int((size_out != want_size).sum())
 
+    def _merge_norm(self, result, *args, **kwargs) -> None:
+        out, size_out, normed = result
+        want, want_size, want_normed = reference.add_merge_norm(*args, **kwargs)
+        errors = (_relative_error(out, want), _relative_error(normed, want_normed))
+        self.check.error = max(self.check.error, *errors)
+        self.check.wrong += int((size_out != want_size).sum())
+
     def _select(self, result, x: Tensor, score: Tensor, k: int, prefix: int = 1, *, fuse: str = "none") -> None:
         out, assign = result
         check = self._counted(assign)
         want, want_assign = reference.topk_gather(x, score, k, prefix, fuse=fuse)
         check.wrong += int((assign != want_assign).sum())  # equal scores: no near-tie to excuse
         check.error = max(check.error, _relative_error(out, want))
+
+    def _select_norm(self, result, *args, **kwargs) -> None:
+        out, assign, normed = result
+        check = self._counted(assign)
+        want, want_assign, want_normed = reference.add_topk_gather_norm(*args, **kwargs)
+        check.wrong += int((assign != want_assign).sum())
+        check.error = max(check.error, _relative_error(out, want), _relative_error(normed, want_normed))
 
     def _attend(self, result, q, k, v, size=None, *, scale=None, scores: str = "none") -> None:
         """out may err by twice what torch's own attention errs in this dtype, and one rounding; scores by 1e-4 of the

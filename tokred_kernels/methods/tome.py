@@ -81,9 +81,10 @@ class ToMe(Staged):
             # Before the attention, while the keys are in the cache: on a CPU that is worth more than merging in the
             # same pass, 1 to 2 % of the model.
             assign, m = self._match(k, size, r, block.tokred_prefix)
-        x = x + block.attend(q, k, v, size if self.prop_attn else None)[0]
+        branch = block.attend(q, k, v, size if self.prop_attn else None)[0]
         if reduces:
-            x, size = torch.ops.tokred.merge(x, assign, m, size)
+            return *block.merge_and_feed(x, branch, assign, m, size), assign
+        x = x + branch
         return x + block.feed_forward(x), size, assign
 
     def _match(self, k: Tensor, size: Tensor | None, r: int, prefix: int) -> tuple[Tensor, int]:

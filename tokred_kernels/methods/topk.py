@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from ._staged import Staged
@@ -50,12 +49,9 @@ class TopK(Staged):
         self._check_heads(model)
 
     def step(self, block, x: Tensor, size: Tensor | None, r: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        assign = None
         if r == 0:
             x = x + block.attend(*block.project(x))[0]
-        else:
-            branch, scores = block.attend(*block.project(x), scores=self.scores)
-            x = x + branch
-            prefix = block.tokred_prefix
-            x, assign = torch.ops.tokred.topk_gather(x, scores, x.shape[1] - prefix - r, prefix, fuse=self.fusion)
-        return x + block.feed_forward(x), size, assign
+            return x + block.feed_forward(x), size, None
+        branch, scores = block.attend(*block.project(x), scores=self.scores)
+        x, assign = block.select_and_feed(x, branch, scores, x.shape[1] - block.tokred_prefix - r, self.fusion)
+        return x, size, assign

@@ -39,7 +39,7 @@ def attend(
         mask = None if size is None else key_mask(size, q.dtype)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
         emitted = torch.ops.tokred.attention_scores(q, k, size, scale=scale, scores=scores) if scored else None
-    return out[..., :D], emitted if scored else None
+    return out if scale is None else out[..., :D], emitted if scored else None
 
 
 def scores_alone(q: Tensor, k: Tensor, size: Tensor | None = None, *, scores: str = "mean") -> Tensor:

@@ -17,6 +17,7 @@ from .. import methods
 from ..ops import unmerge
 from ..trace import compose
 from ._attention import attend
+from ._norm import fuses_norm
 from ._refuse import check_model
 from ._size import key_mask, weighted_mean
 from .metr import remove_exits
@@ -147,7 +148,36 @@ class ReducedBlock(Block):
 
     def feed_forward(self, x: Tensor) -> Tensor:
         """The MLP branch [B, N, C]."""
-        return self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+        return self.feed_normed(self.norm2(x))
+
+    def feed_normed(self, y: Tensor) -> Tensor:
+        return self.drop_path2(self.ls2(self.mlp(y)))
+
+    def merge_and_feed(
+        self, x: Tensor, branch: Tensor, assign: Tensor, m: int, size: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """What follows the attention branch [B, N, C] of x where tokens merge: the new x [B, m, C] and its sizes."""
+        norm = self.norm2
+        if fuses_norm(norm, x, branch):
+            x, size, y = torch.ops.tokred.add_merge_norm(
+                x, branch, assign, m, norm.weight, norm.bias, size, eps=norm.eps
+            )
+        else:
+            x, size = torch.ops.tokred.merge(x + branch, assign, m, size)
+            y = norm(x)
+        return x + self.feed_normed(y), size
+
+    def select_and_feed(self, x: Tensor, branch: Tensor, score: Tensor, k: int, fuse: str) -> tuple[Tensor, Tensor]:
+        """What follows it where the k patches with the best scores [B, N] stay: the new x [B, M, C] and assign."""
+        norm, prefix = self.norm2, self.tokred_prefix
+        if fuses_norm(norm, x, branch):
+            x, assign, y = torch.ops.tokred.add_topk_gather_norm(
+                x, branch, score, k, norm.weight, norm.bias, prefix, fuse=fuse, eps=norm.eps
+            )
+        else:
+            x, assign = torch.ops.tokred.topk_gather(x + branch, score, k, prefix, fuse=fuse)
+            y = norm(x)
+        return x + self.feed_normed(y), assign
 
 
 class _Reduced:

@@ -1,5 +1,7 @@
 """The public functions. Each module is the contract of one op: docstring, fake, autograd and vmap rule."""
 
+from .add_merge_norm import add_merge_norm
+from .add_topk_gather_norm import add_topk_gather_norm
 from .attention import attention
 from .attention_scores import attention_scores
 from .knn import knn
@@ -15,6 +17,8 @@ from .topk_gather import topk_gather
 from .unmerge import unmerge
 
 __all__ = [
+    "add_merge_norm",
+    "add_topk_gather_norm",
     "attention",
     "attention_scores",
     "knn",

@@ -44,40 +44,50 @@ def _fake(x, score, k, prefix=1, *, fuse="none"):
     return x.new_empty(B, rows(N, k, prefix, fuse != "none"), C), x.new_empty(B, N, dtype=torch.int32)
 
 
+def fused_row(x: Tensor, k: int, prefix: int, fuse: str) -> int:
+    """The row of the others in out, -1 if there is none."""
+    return -1 if fuse == "none" or k >= x.shape[1] - prefix else prefix + k
+
+
+def gather_grads(
+    grad: Tensor, assign: Tensor, score: Tensor | None, x: Tensor | None, out: Tensor | None, fuse: str, fused_row: int
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of x [B, N, C] and score [B, N] from that of out; score, x and out matter where a row is fused."""
+    back = unmerge(grad, assign)
+    if fused_row < 0:
+        return back, None
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    others = assign == fused_row
+    w = torch.where(others, score.to(wide), 0)
+    if fuse == "sum":
+        apart = x
+    else:
+        total, count = w.sum(1, keepdim=True), others.sum(1, keepdim=True)
+        plain = (total == 0) | (count == 1)  # the plain mean and the exact copy do not depend on the scores
+        w = torch.where(others, torch.where(plain, 1 / count, w / total), 0)
+        apart = x - out[:, fused_row : fused_row + 1]
+    grad_score = torch.where(others, (back * apart).sum(-1, dtype=wide), 0)
+    if fuse == "mean":
+        grad_score = torch.where(plain, 0, grad_score / total)
+    grad_x = torch.where(others[..., None], back * w[..., None], back).to(grad.dtype)
+    return grad_x, grad_score.to(score.dtype)
+
+
 def _setup_context(ctx, inputs, keyword_only_inputs, output):
     x, score, k, prefix = inputs
     out, assign = output
     ctx.fuse = keyword_only_inputs["fuse"]
     ctx.mark_non_differentiable(assign)
     ctx.set_materialize_grads(False)
-    ctx.fused_row = -1 if ctx.fuse == "none" or k >= x.shape[1] - prefix else prefix + k
-    fused = ctx.fused_row >= 0
-    ctx.save_for_backward(assign, score if fused else None, x if fused else None, out if fused else None)
+    ctx.fused_row = fused_row(x, k, prefix, ctx.fuse)
+    ctx.save_for_backward(assign, *((score, x, out) if ctx.fused_row >= 0 else (None, None, None)))
 
 
 @once_differentiable
 def _backward(ctx, grad, _grad_assign):
     if grad is None:
         return None, None, None, None
-    assign, score, x, out = ctx.saved_tensors
-    back = unmerge(grad, assign)
-    if ctx.fused_row < 0:
-        return back, None, None, None
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    others = assign == ctx.fused_row
-    w = torch.where(others, score.to(wide), 0)
-    if ctx.fuse == "sum":
-        apart = x
-    else:
-        total, count = w.sum(1, keepdim=True), others.sum(1, keepdim=True)
-        plain = (total == 0) | (count == 1)  # the plain mean and the exact copy do not depend on the scores
-        w = torch.where(others, torch.where(plain, 1 / count, w / total), 0)
-        apart = x - out[:, ctx.fused_row : ctx.fused_row + 1]
-    grad_score = torch.where(others, (back * apart).sum(-1, dtype=wide), 0)
-    if ctx.fuse == "mean":
-        grad_score = torch.where(plain, 0, grad_score / total)
-    grad_x = torch.where(others[..., None], back * w[..., None], back).to(grad.dtype)
-    return grad_x, grad_score.to(score.dtype), None, None
+    return *gather_grads(grad, *ctx.saved_tensors, ctx.fuse, ctx.fused_row), None, None
 
 
 torch.library.register_autograd("tokred::topk_gather", _backward, setup_context=_setup_context)

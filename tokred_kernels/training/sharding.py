@@ -10,6 +10,8 @@ from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.experimental import register_sharding
 
 OPS = (
+    "add_merge_norm",
+    "add_topk_gather_norm",
     "attention",
     "attention_backward",
     "attention_scores",
@@ -34,7 +36,9 @@ def _register(name: str) -> None:
     @register_sharding(op)
     def rules(*args, scores="none", **_):
         tensors = [arg for arg in args if hasattr(arg, "placements")]
-        found = [([kind] * outputs, [kind] * len(tensors)) for kind in (Replicate(), Shard(0))]
+        found = [([Replicate()] * outputs, [Replicate()] * len(tensors))]
+        # The weights of a norm [C] are the same for all images.
+        found.append(([Shard(0)] * outputs, [Replicate() if t.ndim == 1 else Shard(0) for t in tensors]))
         if name in ("attention", "attention_backward") and scores == "none":
             heads = [Shard(1) if t.ndim == 4 else Replicate() for t in tensors]
             found.append(([Shard(1), Replicate()] if name == "attention" else [Shard(1)] * outputs, heads))

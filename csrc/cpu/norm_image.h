@@ -1,0 +1,85 @@
+// What add_merge_norm and add_topk_gather_norm do to the tokens on their way in and to the rows on their way out:
+//
+//   y_i = x_i + branch_i, rounded to its type, wherever merge or topk_gather would read x_i
+//   normed_j = (out_j - mean) / sqrt(variance + eps) * weight + bias over the C channels of out_j, as rounded, while
+//   the row is in the first-level cache: 4 C operations and no memory but normed
+//
+// y itself is never in memory.
+
+// Tokens [N, C], or their sums with those of a branch.
+template <bool kAdd, class E>
+struct Tokens {
+  const E* x;
+  int64_t s_n;
+  const E* branch;  // not looked at without kAdd
+  int64_t branch_s_n;
+
+  // Channels c .. of token i, n of them in the second form.
+  Vec<Wide<E>> at(int64_t i, int64_t c) const {
+    const Vec<Wide<E>> value = load(x + i * s_n + c);
+    return kAdd ? rounded(value + load(branch + i * branch_s_n + c)) : value;
+  }
+  Vec<Wide<E>> at(int64_t i, int64_t c, int64_t n) const {
+    const Vec<Wide<E>> value = load_first(x + i * s_n + c, n);
+    return kAdd ? rounded(value + load_first(branch + i * branch_s_n + c, n)) : value;
+  }
+  void copy(int64_t i, int64_t C, E* out) const {
+    constexpr int W = kLanes<Wide<E>>;
+    if (!kAdd) {
+      memcpy(out, x + i * s_n, C * sizeof(E));
+      return;
+    }
+    int64_t c = 0;
+    for (; c + W <= C; c += W) store(out + c, at(i, c));
+    if (c < C) store_first(out + c, at(i, c, C - c), C - c);
+  }
+
+ private:
+  static Vec<Wide<E>> rounded(Vec<Wide<E>> value) {
+    if constexpr (sizeof(E) == sizeof(Wide<E>)) return value;
+    E narrow[kLanes<Wide<E>>];
+    store(narrow, value);
+    return load(narrow);
+  }
+};
+
+// sum_c (row_c - from)^kPower / C; added up in lanes, then across them.
+template <int kPower, class E>
+Wide<E> moment(const E* row, int64_t C, Wide<E> from) {
+  using T = Wide<E>;
+  constexpr int W = kLanes<T>;
+  Vec<T> lanes{};
+  int64_t c = 0;
+  for (; c + W <= C; c += W) {
+    const Vec<T> apart = load(row + c) - from;
+    lanes += kPower == 2 ? apart * apart : apart;
+  }
+  T sum = fold_lanes<T>(lanes, [](auto a, auto b) { return a + b; });
+  for (const Vec<T> last = load_first(row + c, C - c); c < C; ++c) {
+    const T apart = last[c % W] - from;
+    sum += kPower == 2 ? apart * apart : apart;
+  }
+  return sum / C;
+}
+
+template <class E>
+void normalize_row(const E* row, int64_t C, const Tail& tail, E* normed) {
+  using T = Wide<E>;
+  constexpr int W = kLanes<T>;
+  const int64_t whole = C / W * W, rest = C - whole;
+  const T mean = moment<1>(row, C, T(0)), variance = moment<2>(row, C, mean);
+  const T scale = 1 / __builtin_sqrt(variance + T(tail.eps));
+  const T* weight = static_cast<const T*>(tail.weight);
+  const T* bias = static_cast<const T*>(tail.bias);
+  for (int64_t c = 0; c < whole; c += W) {
+    Vec<T> v = (load(row + c) - mean) * scale;
+    if (weight) v *= load(weight + c);
+    if (bias) v += load(bias + c);
+    store(normed + c, v);
+  }
+  if (rest == 0) return;
+  Vec<T> v = (load_first(row + whole, rest) - mean) * scale;
+  if (weight) v *= load_first(weight + whole, rest);
+  if (bias) v += load_first(bias + whole, rest);
+  store_first(normed + whole, v, rest);
+}

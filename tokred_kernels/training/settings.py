@@ -1,6 +1,7 @@
 """What `tokred train` can be told: one field a flag, and one key of a configuration file."""
 
 import dataclasses
+import operator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,6 +12,9 @@ class BadInput(ValueError):
     def __init__(self, message: object, rank: int | None = None):
         super().__init__(message)
         self.rank = rank
+
+
+_LIMITS = {"least": ("at least", operator.ge), "most": ("at most", operator.le), "above": ("above", operator.gt)}
 
 
 def _say(default: object, text: str, **more: object) -> object:
@@ -90,7 +94,6 @@ class Settings:
 
 
 def check_range(f: dataclasses.Field, value: object) -> None:
-    limits = (("least", "at least", value.__ge__), ("most", "at most", value.__le__), ("above", "above", value.__gt__))
-    for key, words, holds in limits:
-        if key in f.metadata and holds(f.metadata[key]) is not True:
+    for key, (words, holds) in _LIMITS.items():
+        if key in f.metadata and not holds(value, f.metadata[key]):  # NaN holds nowhere
             raise BadInput(f"train: {f.name} must be {words} {f.metadata[key]}, got {value!r}")

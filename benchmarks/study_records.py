@@ -9,6 +9,7 @@ import argparse
 import copy
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ NAME, MODEL, SEED = "digits", "vit_digits", 0
 FEATURES = (1, 3, 5)
 
 
-def write(folder: Path, methods=METHODS, epochs: int = study.EPOCHS, tuning: int = study.TUNING) -> None:
+def write(folder: Path, methods: Sequence[str] = METHODS) -> None:
     """Trains, and writes the records and, last, the list of the images."""
     folder = folder / NAME
     listed = folder / recording.LIST
@@ -45,7 +46,7 @@ def write(folder: Path, methods=METHODS, epochs: int = study.EPOCHS, tuning: int
     torch.manual_seed(SEED)
     base = timm.create_model("vit_tiny_patch16_224", **study.SHAPE)
     nn.init.normal_(base.pos_embed, std=0.5)
-    study._train(base, x, y, study._plain, epochs, study.RATE, SEED)
+    study._train(base, x, y, study._plain, study.EPOCHS, study.RATE, SEED)
     dense = tokred.apply(copy.deepcopy(base), "tome", r=0)
     _record(folder, dense, recording.DENSE, None, {}, test_x, test_y, files)
     settings = [(method, rate) for method in methods for rate in study.KEEP]
@@ -53,7 +54,7 @@ def write(folder: Path, methods=METHODS, epochs: int = study.EPOCHS, tuning: int
         options = compare.options(method, base, rate, study.STAGES)
         torch.manual_seed(SEED)
         model = tokred.apply(copy.deepcopy(base), method, **options)
-        study._train(model, x, y, study._plain, tuning, study.TUNING_RATE, SEED)
+        study._train(model, x, y, study._plain, study.TUNING, study.TUNING_RATE, SEED)
         _record(folder, model, method, rate, options, test_x, test_y, files)
     saved = {"classes": list(map(str, range(10))), "files": list(map(str, files)), "labels": test_y.tolist()}
     listed.write_text(json.dumps(saved))

@@ -150,8 +150,8 @@ def page(figures: list[dict[str, float]]) -> str:
         f"{len(figures)} seeds. A ViT of 6",
         "blocks of width 48 and 36 patches, trained from scratch on the CPU on scikit-learn's digits; "
         "`benchmarks/study.py` has",
-        "the rest. One test image is 0.3 points; deviations are those of single seeds. A small model on small images shows",
-        "what the losses do there, not what ImageNet would give.",
+        "the rest. One test image is 0.3 points; deviations are those of single seeds. A small model on small images",
+        "shows what the losses do there, not what ImageNet would give.",
         "",
         f"EViT in blocks {' and '.join(map(str, STAGES))}, without and with multi-exit training, before and after "
         "fine-tuning at that rate:",

@@ -237,7 +237,7 @@ def test_trained_models_are_recorded_for_the_report(tmp_path, monkeypatch):
     study_records.write(tmp_path, methods=("topk",))
     records = [analysis.Record(path) for path in sorted((tmp_path / "digits").glob("*.record"))]
     analysis.check_comparable(records)
-    assert [record.header.keep_rate for record in records] == [0.3, 0.5, 0.7, None]
+    assert [record.header.keep_rate for record in records] == [None, 0.3, 0.5, 0.7]
     assert all(len(record) == 360 and record.header.grid == [6, 6] for record in records)
     assert set(records[0].rows["label"]) == set(range(10))
     listed = json.loads((tmp_path / "digits" / "images.json").read_text())

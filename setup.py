@@ -4,35 +4,16 @@ import glob
 import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
 
 ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT / "build_backend"))
+from toolkit import cuda_home, gencode, why_no_cuda  # noqa: E402
+
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "tokred_kernels/__init__.py").read_text())[1]
-
-
-def cuda_home() -> str | None:
-    """The toolkit of the first nvcc; a wrapper script on PATH would mislead torch's own search."""
-    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda", "/opt/cuda"]
-    if nvcc := shutil.which("nvcc"):
-        homes.append(str(Path(nvcc).resolve().parent.parent))
-    homes += sorted(glob.glob("/usr/local/cuda-*"), reverse=True)
-    return next((h for h in homes if h and Path(h, "bin/nvcc").exists() and Path(h, "include").is_dir()), None)
-
-
-def why_no_cuda(torch, home: str | None) -> str | None:
-    """Why the CUDA kernels cannot be built here, or None."""
-    if torch.version.cuda is None:
-        return f"torch {torch.__version__} has no CUDA"
-    if home is None:
-        return "no nvcc on PATH, in CUDA_HOME or /usr/local/cuda*"
-    version = re.search(r"release (\d+)", subprocess.check_output([f"{home}/bin/nvcc", "--version"], text=True))[1]
-    if version != torch.version.cuda.split(".")[0]:
-        return f"nvcc is {version}.x but torch was built for CUDA {torch.version.cuda}"
-    return None
 
 
 def extensions():
@@ -73,6 +54,7 @@ def extensions():
             extra_compile_args={
                 "cxx": [*common, *host, *define],
                 "nvcc": [*common, *define, "--compress-mode=size", "--expt-relaxed-constexpr"]
+                + gencode(os.environ.get("TORCH_CUDA_ARCH_LIST", ""))
                 + [f"-Xcompiler={flag}" for flag in host],
             },
             extra_link_args=["-Wl,-s"],

@@ -38,6 +38,7 @@ def run(*command, **kwargs) -> subprocess.CompletedProcess:
 def wheel() -> Path:
     """Built by pip as a user would, once for each state of the sources."""
     sources = [ROOT / "setup.py", ROOT / "pyproject.toml", *sorted(ROOT.glob("csrc/**/*.*"))]
+    sources += sorted(ROOT.glob("build_backend/*.py"))
     sources += sorted(ROOT.glob("tokred_kernels/**/*.py"))
     digest = hashlib.sha256(b"".join(s.read_bytes() for s in sources) + torch.__version__.encode()).hexdigest()[:16]
     folder = ROOT / ".cache" / "wheel" / digest
@@ -126,6 +127,16 @@ print(setup_under_test.why_no_cuda(torch, None))
         "torch 2.11.0+cpu has no CUDA",
         "no nvcc on PATH, in CUDA_HOME or /usr/local/cuda*",
     ], shown.stderr
+
+
+def test_intermediate_code_for_two_generations(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "build_backend")
+    import toolkit
+
+    two = ["-gencode=arch=compute_80,code=[sm_80]", "-gencode=arch=compute_90,code=[sm_90,sm_100,sm_120,compute_90]"]
+    assert toolkit.gencode("8.0;9.0;10.0;12.0+PTX") == two
+    assert toolkit.gencode("7.5 8.6+PTX")[1] == "-gencode=arch=compute_80,code=[sm_86,compute_80]"
+    assert toolkit.gencode("Ampere") == toolkit.gencode("") == []  # torch's to choose
 
 
 def test_metadata_and_sdist_need_no_torch(tmp_path):

@@ -10,7 +10,7 @@
 //
 //   sm_90                         registers   blocks an SM   shared memory
 //   cls_kernel                      72 - 96          2 - 3
-//   column_kernel<*, 32 .. 128>    94 - 128          3 - 4     11 .. 67 KB
+//   column_kernel<*, 64 and 128>   94 - 127              4     19 .. 67 KB
 //   head_mean_kernel                     32              8
 #pragma once
 #include "attention.cuh"
@@ -150,6 +150,7 @@ __global__ void __launch_bounds__(kThreads)
   scores[i] = sum;
 }
 
+// kWidth: 64 serves the heads of most models, 128 the others; attention_kernel's five would be as many kernels more.
 template <typename T, int kWidth, typename Launch>
 void launch_columns(const AttentionBatch& g, Launch&& launch) {
   constexpr int64_t kShared = KeyChunk<T, kWidth, kColumnTiles, false>::kBytes + query_bytes<T, kWidth>();
@@ -187,7 +188,7 @@ void launch_scored_attention(AttentionBatch g, Emission emit, float* scores, con
   if (g.out || mean) launch_attention<T>(g, mean, device, launch);
   if (!emits) return;
   if (mean && !resident)
-    with_width(g.D, [&](auto width) { launch_columns<T, width.value>(g, launch); });
+    g.D <= 64 ? launch_columns<T, 64>(g, launch) : launch_columns<T, 128>(g, launch);
   else if (!mean && !(g.out && resident))
     launch_cls<T>(g, launch);
   launch_head_mean(g, scores, mean ? float(g.H) * float(g.Nq) : float(g.H), launch);

@@ -15,11 +15,10 @@
 // = 5.7 us (two images an SM, 1.7 GHz).
 //
 //   sm_90           registers   blocks an SM   shared memory
-//   match_kernel<4>        95              2   272 bytes a row: 62 KB for N = 197, 108 KB for N = 577
-//   match_kernel<5>       122              2   two ways, 4 bytes a row more
+//   match_kernel<4>       126              2   272 bytes a row: 62 KB for N = 197, 108 KB for N = 577
+//   match_kernel<5>       128              2   two ways, 4 bytes a row more
 //   match_kernel<6>       128              2
-//   match_kernel<7>       124              2
-//   two ways              114, 128, 128, 127
+//   match_kernel<7>       128              2
 #pragma once
 #include "device.cuh"
 
@@ -56,16 +55,19 @@ constexpr float kNormFloor = 1e-6f;
 // One side of an image's edges: patches first, first + 2, ..., or the listed ones of these.
 struct Side {
   int first, count;
-  const int* list;  // or null
+  bool listed = false;
+  const int* list = nullptr;
 
-  __device__ __forceinline__ int patch(int i) const { return first + 2 * (list ? list[i] : i); }
+  __device__ __forceinline__ int patch(int i) const { return first + 2 * (listed ? list[i] : i); }
   __device__ __forceinline__ Side from(int i) const {
-    return {list ? first : first + 2 * i, count - i, list ? list + i : nullptr};
+    return listed ? Side{first, count - i, true, list + i} : Side{first + 2 * i, count - i};
   }
 };
-__device__ __forceinline__ Side side_a(const MatchBatch& m) { return {m.p % 2, m.rows_a(), nullptr}; }
-__device__ __forceinline__ Side side_b(const MatchBatch& m) { return {1 - m.p % 2, m.rows_b(), nullptr}; }
-__device__ __forceinline__ Side side_kept(const MatchBatch& m, const int* kept) { return {m.p % 2, m.kept(), kept}; }
+__device__ __forceinline__ Side side_a(const MatchBatch& m) { return {m.p % 2, m.rows_a()}; }
+__device__ __forceinline__ Side side_b(const MatchBatch& m) { return {1 - m.p % 2, m.rows_b()}; }
+__device__ __forceinline__ Side side_kept(const MatchBatch& m, const int* kept) {
+  return {m.p % 2, m.kept(), true, kept};
+}
 
 // Order of scores as unsigned integers; -0 ties with +0.
 __device__ __forceinline__ uint64_t edge_key(float score, int index) {
@@ -186,10 +188,9 @@ struct BestEdges {
     for (int i = 0; i < kTile; ++i) score[i] = -INFINITY, column[i] = 0;
   }
 
-  // The scores of rows from i0 and columns from j0 on; columns ascend, so the first of equal ones stays. kBack: the
+  // The scores of rows from i0 and columns from j0 on; columns ascend, so the first of equal ones stays. back: the
   // columns are a, whose weight comes first.
-  template <bool kBack>
-  __device__ __forceinline__ void take(const MatchBatch& m, int64_t b, const Side& rows, const Side& columns,
+  __device__ __forceinline__ void take(const MatchBatch& m, int64_t b, bool back, const Side& rows, const Side& columns,
                                        const float (&acc)[kTile][kTile], int i0, int j0) {
     const float* weight = m.weight ? m.weight + b * m.N + m.p : nullptr;
 #pragma unroll
@@ -206,7 +207,7 @@ struct BestEdges {
           s = s < 0 ? 0 : s;                                                   // NaN stays
           if (m.power != 1) s = m.power == 0 ? 1 : exp2f(m.power * log2f(s));  // powf inlined 64 times would spill
           const float row_weight = row < rows.count ? weight[rows.patch(row)] : 0;
-          s = kBack ? s * column_weight * row_weight : s * row_weight * column_weight;
+          s = back ? s * column_weight * row_weight : s * row_weight * column_weight;
         }
         if (s > score[i]) score[i] = s, column[i] = at;
       }
@@ -276,9 +277,9 @@ struct MatchShared {
 };
 
 // The best edge of each row: keys holds its score and the row, into its column.
-template <int kTile, bool kBack>
-__device__ __forceinline__ void find_edges(const MatchBatch& m, int64_t b, const MatchShared& at, const Side& rows,
-                                           const Side& columns, uint64_t* keys, int* into) {
+template <int kTile>
+__device__ __forceinline__ void find_edges(const MatchBatch& m, int64_t b, bool back, const MatchShared& at,
+                                           const Side& rows, const Side& columns, uint64_t* keys, int* into) {
   constexpr int kSide = 16 * kTile;
   const int width = m.width();
   float* column_rows = reinterpret_cast<float*>(shared_memory());
@@ -298,7 +299,7 @@ __device__ __forceinline__ void find_edges(const MatchBatch& m, int64_t b, const
       for (int c = 0; c * kChunk < width; ++c)
         add_products(tile_rows + c * kSide * kPitch, column_rows + (c * at.b_rows + j0) * kPitch,
                      min(kChunk, width - c * kChunk), acc);
-      best.template take<kBack>(m, b, rows, columns, acc, i0, j0);
+      best.take(m, b, back, rows, columns, acc, i0, j0);
     }
     best.reduce(i0, rows.count, [&](int i, uint64_t key) {
       keys[i] = with_index(key, i);
@@ -308,17 +309,18 @@ __device__ __forceinline__ void find_edges(const MatchBatch& m, int64_t b, const
   __syncthreads();
 }
 
-template <int kTile, bool kTwoWay>
+template <int kTile>
 __global__ void __launch_bounds__(kThreads, 2) match_kernel(const MatchBatch m) {
   const int64_t b = blockIdx.x;
   int32_t* assign = m.assign + b * m.N;
-  if (m.r == 0 && !kTwoWay) {
+  if (m.r + m.r_b == 0) {
     for (int n = threadIdx.x; n < m.N; n += kThreads) assign[n] = n;
     return;
   }
   const MatchShared at(m, 16 * kTile);
   uint64_t* keys = reinterpret_cast<uint64_t*>(shared_memory() + at.key);
   int* into = reinterpret_cast<int*>(shared_memory() + at.column);
+  int* kept = reinterpret_cast<int*>(shared_memory() + at.kept);  // only two ways
   auto rank = [&](int i, int rows) {
     const uint64_t mine = keys[i];
     int before = 0;
@@ -326,19 +328,22 @@ __global__ void __launch_bounds__(kThreads, 2) match_kernel(const MatchBatch m) 
     return before;
   };
 
-  find_edges<kTile, false>(m, b, at, side_a(m), side_b(m), keys, into);
-  int* kept = kTwoWay ? reinterpret_cast<int*>(shared_memory() + at.kept) : nullptr;
-  write_assign(
-      m, b, reinterpret_cast<int*>(shared_memory() + at.count), kept, [&](int i) { return rank(i, m.rows_a()) < m.r; },
-      [&](int i) { return into[i]; });
-  if constexpr (kTwoWay) {
-    find_edges<kTile, true>(m, b, at, side_b(m), side_kept(m, kept), keys, into);
-    for (int n = m.p + threadIdx.x; n < m.N; n += kThreads) {
-      const int j = assign[n] - m.first_b_row();
-      if (j < 0) continue;
-      const int before = rank(j, m.rows_b());
-      assign[n] = before < m.r_b ? m.p + into[j] : m.first_b_row() + before - m.r_b;
-    }
+#pragma unroll 1
+  for (bool back = false;; back = true) {  // one copy of the products for both ways
+    Side columns = back ? side_kept(m, kept) : side_b(m);
+    columns.list = kept;  // both ways, so that it is known to be in shared memory
+    find_edges<kTile>(m, b, back, at, back ? side_b(m) : side_a(m), columns, keys, into);
+    if (back) break;
+    write_assign(
+        m, b, reinterpret_cast<int*>(shared_memory() + at.count), m.r_b ? kept : nullptr,
+        [&](int i) { return rank(i, m.rows_a()) < m.r; }, [&](int i) { return into[i]; });
+    if (m.r_b == 0) return;
+  }
+  for (int n = m.p + threadIdx.x; n < m.N; n += kThreads) {
+    const int j = assign[n] - m.first_b_row();
+    if (j < 0) continue;
+    const int before = rank(j, m.rows_b());
+    assign[n] = before < m.r_b ? m.p + into[j] : m.first_b_row() + before - m.r_b;
   }
 }
 

@@ -16,7 +16,7 @@
 // 8 Na a segment.
 //
 //   sm_90                  registers   blocks an SM   shared memory
-//   unit_kernel                   60              4               -
+//   unit_kernel                   61              4               -
 //   edge_kernel<5>               128              2           44 KB
 //   edge_kernel<4, deep>         128              2           35 KB
 //   select_kernel                 32              2           256 B
@@ -63,15 +63,15 @@ __device__ __forceinline__ void stage_piece(const float* unit, int width, const 
   }
 }
 
-template <int kTile, bool kDeep, bool kBack>
+template <int kTile, bool kDeep>
 __global__ void __launch_bounds__(kThreads, 2)
-    edge_kernel(const MatchBatch m, const MatchScratch scratch, int row_tiles, int segment) {
+    edge_kernel(const MatchBatch m, const MatchScratch scratch, bool back, int row_tiles, int segment) {
   constexpr int kSide = 16 * kTile;
   const int64_t b = blockIdx.x / unsigned(row_tiles * scratch.segments);
   const int item = blockIdx.x % unsigned(row_tiles * scratch.segments);
   const int i0 = item / scratch.segments * kSide, s = item % scratch.segments, width = m.width();
-  const Side rows = kBack ? side_b(m) : side_a(m);
-  const Side columns = kBack ? side_kept(m, scratch.kept + b * m.kept()) : side_b(m);
+  const Side rows = back ? side_b(m) : side_a(m);
+  const Side columns = back ? side_kept(m, scratch.kept + b * m.kept()) : side_b(m);
   const int end = min(columns.count, (s + 1) * segment);
   const float* unit = scratch.unit + b * (m.N - m.p) * width;
   float *tile_rows = reinterpret_cast<float*>(shared_memory()), *column_rows = tile_rows + kSide * kPitch;
@@ -93,9 +93,9 @@ __global__ void __launch_bounds__(kThreads, 2)
       }
     }
     if constexpr (kDeep)
-      best.template take<kBack>(m, b, rows, columns, total, i0, j0);
+      best.take(m, b, back, rows, columns, total, i0, j0);
     else
-      best.template take<kBack>(m, b, rows, columns, acc, i0, j0);
+      best.take(m, b, back, rows, columns, acc, i0, j0);
   }
   uint64_t* keys = scratch.keys + (b * scratch.segments + s) * rows.count;
   best.reduce(i0, rows.count, [&](int i, uint64_t key) { keys[i] = key; });
@@ -181,14 +181,13 @@ void launch_split(const MatchBatch& m, const Device& device, Launch&& launch, Sc
   MatchScratch s{reinterpret_cast<float*>(memory), reinterpret_cast<uint64_t*>(memory + unit),
                  two_way ? reinterpret_cast<int*>(memory + unit + keys) : nullptr, grid.segments};
   const int unit_groups = ceil_div(m.N - m.p, kThreads / 8), groups = ceil_div(m.N - m.p, kThreads);
+  const auto edges = deep ? edge_kernel<kDeepTile, true> : edge_kernel<kEdgeTile, false>;
   launch(unit_kernel, m.B * unit_groups, kThreads, 0, m, s, unit_groups);
-  launch(deep ? edge_kernel<kDeepTile, true, false> : edge_kernel<kEdgeTile, false, false>,
-         m.B * grid.row_tiles * grid.segments, kThreads, tile_bytes, m, s, grid.row_tiles, grid.segment);
+  launch(edges, m.B * grid.row_tiles * grid.segments, kThreads, tile_bytes, m, s, false, grid.row_tiles, grid.segment);
   launch(select_kernel, m.B, kSelectThreads, 2 * kWarp * int64_t(sizeof(int)), m, s);
   if (!two_way) return;
   s.segments = back.segments;
-  launch(deep ? edge_kernel<kDeepTile, true, true> : edge_kernel<kEdgeTile, false, true>,
-         m.B * back.row_tiles * back.segments, kThreads, tile_bytes, m, s, back.row_tiles, back.segment);
+  launch(edges, m.B * back.row_tiles * back.segments, kThreads, tile_bytes, m, s, true, back.row_tiles, back.segment);
   launch(follow_kernel, m.B * groups, kThreads, kThreads * int64_t(sizeof(uint64_t)), m, s, groups);
 }
 
@@ -205,12 +204,11 @@ void launch_match(const MatchBatch& m, const Device& device, Launch&& launch, Sc
   const bool one_block = rows <= 320 && m.width() <= 2 * kChunk && shared <= device.shared_bytes &&
                          (rows <= 128 || 2 * m.B >= device.multiprocessors);
   if (one_block || identity) {
-    const bool two_way = m.r_b > 0;
     switch (tile) {
-      case 4: return launch(two_way ? match_kernel<4, true> : match_kernel<4, false>, m.B, kThreads, shared, m);
-      case 5: return launch(two_way ? match_kernel<5, true> : match_kernel<5, false>, m.B, kThreads, shared, m);
-      case 6: return launch(two_way ? match_kernel<6, true> : match_kernel<6, false>, m.B, kThreads, shared, m);
-      default: return launch(two_way ? match_kernel<7, true> : match_kernel<7, false>, m.B, kThreads, shared, m);
+      case 4: return launch(match_kernel<4>, m.B, kThreads, shared, m);
+      case 5: return launch(match_kernel<5>, m.B, kThreads, shared, m);
+      case 6: return launch(match_kernel<6>, m.B, kThreads, shared, m);
+      default: return launch(match_kernel<7>, m.B, kThreads, shared, m);
     }
   }
   launch_split(m, device, launch, scratch);

@@ -1,0 +1,1 @@
+"""What the GPU kernels cost, from their machine code and their launches, without a GPU."""

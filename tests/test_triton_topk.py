@@ -8,8 +8,6 @@ from topk_oracle import check_assign, check_gather
 from triton_aot import SHARED_LIMIT, TARGETS, compile_for, launches, resources
 from triton_interpreter import interpreter
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
 
 @pytest.fixture(scope="module")
 def triton():
@@ -83,7 +81,7 @@ def test_float64_and_bad_input_are_refused(triton):
 
 def _variants() -> list:
     found = {}
-    for dtype in DTYPES:
+    for dtype in (torch.float32, torch.bfloat16):  # float16 compiles alike: benchmarks/static has it
         for fuse in ("sum", "mean"):
             x = torch.zeros(2, 197, 384, dtype=dtype)
             found.update(dict.fromkeys(launches("topk_gather", x, torch.zeros(2, 197), 138, fuse=fuse)))

@@ -7,6 +7,7 @@ the variants that are launched: specialised as Triton does it, with the constant
 import collections
 import hashlib
 import importlib
+import math
 import os
 import pathlib
 import re
@@ -75,17 +76,22 @@ def _describe(kernel: JITFunction, args: tuple, kwargs: dict) -> Launch:
     return Launch(kernel, tuple(signature), tuple(constants), tuple(aligned), options)
 
 
-def launches(op: str, *args, **kwargs) -> list[Launch]:
-    """The kernels that `<op>_triton(*args, **kwargs)` launches, in order; nothing runs."""
+def plan(op: str, *args, **kwargs) -> list[tuple[Launch, int]]:
+    """The kernels that `<op>_triton(*args, **kwargs)` launches, in order, and their programs; nothing runs."""
     found = []
 
     def record(self, *args, grid, warmup, **kwargs):
-        found.append(_describe(self, args, kwargs))
+        found.append((_describe(self, args, kwargs), math.prod(grid)))
 
     launcher = getattr(importlib.import_module(f"tokred_kernels.triton.{op}"), f"{op}_triton")
     with mock.patch.object(JITFunction, "run", record):
         launcher(*args, **kwargs)
     return found
+
+
+def launches(op: str, *args, **kwargs) -> list[Launch]:
+    """The kernels of plan."""
+    return [launch for launch, _ in plan(op, *args, **kwargs)]
 
 
 def compile_for(launch: Launch, target: str) -> CompiledKernel:

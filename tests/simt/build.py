@@ -49,6 +49,11 @@ def _rules(out: Path) -> str:
 
     module = [compile_("module", "module.cpp", f"-O2 {python}"), compile_("module_simt", "simt.cpp", f"-O2 {python}")]
     text.append(f"build {out}/simt_kernels.so: link {' '.join(module)}\n  flags = -shared")
+    # Symbols are visible: a launch is known by the name of its kernel. Not unique ones: both modules may be loaded.
+    counting = f"{python.replace(' -fvisibility=hidden', '')} -fno-gnu-unique -DSIMT_COUNTING"
+    counted = [compile_("module_counting", "module.cpp", f"-O1 -fsanitize=thread {counting}")]
+    counted += [compile_(f"{name}_counting", f"{name}.cpp", f"-O2 {counting}") for name in ("simt", "counting")]
+    text.append(f"build {out}/simt_counting.so: link {' '.join(counted)}\n  flags = -shared")
     for flavour, (kernel, scheduler) in FLAVOURS.items():
         simt = compile_(f"simt_{flavour}", "simt.cpp", f"-O2 {scheduler}")
         for program in PROGRAMS:
@@ -79,9 +84,9 @@ def build(*targets: str) -> Path:
 
 
 @functools.cache
-def emulator():
-    """The Python module with the emulated kernels."""
-    path = build("simt_kernels.so") / "simt_kernels.so"
+def emulator(name: str = "simt_kernels"):
+    """The Python module with the emulated kernels; simt_counting is counting.py's."""
+    path = build(f"{name}.so") / f"{name}.so"
     spec = importlib.util.spec_from_file_location("simt_kernels", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

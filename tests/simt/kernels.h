@@ -32,6 +32,7 @@ inline std::unique_ptr<char[]> emulate_match(const MatchBatch& m, const Device& 
   launch_match(m, device, Launcher{std::max(device.shared_bytes, Launcher{}.shared_limit)}, [&](int64_t bytes) {
     scratch.reset(new char[size_t(bytes)]);
     memset(scratch.get(), 0xCB, size_t(bytes));
+    simt::device_memory(scratch.get(), size_t(bytes));
     return scratch.get();
   });
   return scratch;
@@ -55,6 +56,7 @@ int64_t emulate_attention(const AttentionBatch& g, Emission emit, float* scores,
   launch_scored_attention<T>(g, emit, scores, device, Launcher{}, [&](int64_t bytes) {
     scratch.reset(new char[size_t(bytes)]);
     memset(scratch.get(), 0xCB, size_t(bytes));
+    simt::device_memory(scratch.get(), size_t(bytes));
     taken += bytes;
     return scratch.get();
   });

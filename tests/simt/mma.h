@@ -7,6 +7,13 @@
 
 namespace tokred {
 
+// No address depends on a product: what only counts them does without, a hundred times faster.
+#ifdef SIMT_COUNTING
+constexpr bool kOnlyCounts = true;
+#else
+constexpr bool kOnlyCounts = false;
+#endif
+
 template <typename T>
 T half_of(unsigned word, int i) {
   const uint16_t bits = uint16_t(word >> 16 * i);
@@ -19,6 +26,7 @@ T half_of(unsigned word, int i) {
 template <bool kTransposed, typename T>
 void load_matrices(const T* row, unsigned (&m)[4], const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
   if (uintptr_t(row) % 16) throw std::runtime_error("simt: ldmatrix of a row that is not aligned");
+  if (kOnlyCounts) return;
   simt::Words mine = {};
   memcpy(mine.word, row, 16);
   const simt::Words* all = simt::gather(mine, {file, line});
@@ -37,6 +45,7 @@ void load_matrices(const T* row, unsigned (&m)[4], const char* file = __builtin_
 template <typename T>
 void multiply_add(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, const char* file = __builtin_FILE(),
                   int line = __builtin_LINE()) {
+  if (kOnlyCounts) return;
   const simt::Words* all = simt::gather({{a[0], a[1], a[2], a[3], b0, b1}}, {file, line});
   const int g = simt::lane() / 4, t = simt::lane() % 4;
   for (int i = 0; i < 4; ++i) {

@@ -9,6 +9,8 @@
 #include <stdexcept>
 #include <string>
 #include <vector>
+
+#include "counting.h"
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
@@ -27,6 +29,9 @@ void __tsan_release(void* at);
 Dimension threadIdx, blockIdx, blockDim, gridDim;
 
 namespace simt {
+#ifndef SIMT_COUNTING
+void device_memory(const void*, size_t) {}
+#endif
 namespace {
 
 constexpr int kWarp = 32;
@@ -254,7 +259,7 @@ const Words* gather(const Words& mine, Site site) {
   return s.gathered[s.current / kWarp];
 }
 
-void run(int64_t blocks, int threads, int64_t shared, const std::function<void()>& thread) {
+void run(const void* kernel, int64_t blocks, int threads, int64_t shared, const std::function<void()>& thread) {
   if (threads % kWarp || threads > 1024) throw std::runtime_error("simt: a block has at most 32 whole warps");
   s.thread = &thread, s.error.clear();
   s.shared.reset(new unsigned char[size_t(shared)]);
@@ -263,8 +268,10 @@ void run(int64_t blocks, int threads, int64_t shared, const std::function<void()
 #ifdef SIMT_TSAN
   s.tsan = __tsan_get_current_fiber();
 #endif
-  for (int64_t b = 0; b < blocks; ++b) {
+  const int64_t wanted = start_launch(kernel, blocks, threads, shared);
+  for (int64_t b = 0; b < wanted; ++b) {
     blockIdx.x = unsigned(b);
+    start_block();
     run_block(threads, shared);
   }
 }

@@ -8,6 +8,7 @@
 // Not found: races between blocks, weak memory order, bank conflicts, speed.
 #pragma once
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <functional>
@@ -36,7 +37,9 @@ namespace simt {
 
 void seed(unsigned value);  // 0: threads in order
 unsigned char* shared_memory();
-void run(int64_t blocks, int threads, int64_t shared, const std::function<void()>& thread);
+void run(const void* kernel, int64_t blocks, int threads, int64_t shared, const std::function<void()>& thread);
+// Memory that counting.cpp shall watch.
+void device_memory(const void* first, size_t bytes);
 
 struct Site {
   const char* file;
@@ -57,7 +60,7 @@ int lane();
 // Throws std::runtime_error where the hardware would hang or be undefined.
 template <typename Kernel, typename... Arguments>
 void launch(Kernel kernel, int64_t blocks, int threads, int64_t shared, Arguments... arguments) {
-  run(blocks, threads, shared, [&] { kernel(arguments...); });
+  run(reinterpret_cast<const void*>(kernel), blocks, threads, shared, [&] { kernel(arguments...); });
 }
 
 }  // namespace simt

@@ -200,15 +200,22 @@ class AttentionHead {
   void masses_of(const Vec<T> (&m)[kVectors], Vec<T> (&l)[kVectors]) {
     T* mass = mass_;
     const T* size = size_;
-    for (int64_t j = 0; j < n_; ++j) {
-      if (j % 2 == 0) prefetch_ahead();
-      for (int u = 0; u < kVectors; ++u) {
-        T* at = mass + j * kTile + u * W;
-        Vec<T> p = exp2_lanes(load(at) * factor_ - m[u]);
-        if (kSized) p *= splat(size[j]);
-        l[u] += p;
-        store(at, p);
+    const int64_t n = n_;
+    // In two levels: one chain of sums over hundreds of keys would err by several roundings.
+    for (int64_t start = 0; start < n; start += kSumKeys) {
+      const int64_t end = start + kSumKeys < n ? start + kSumKeys : n;
+      Vec<T> part[kVectors] = {};
+      for (int64_t j = start; j < end; ++j) {
+        if (j % 2 == 0) prefetch_ahead();
+        for (int u = 0; u < kVectors; ++u) {
+          T* at = mass + j * kTile + u * W;
+          Vec<T> p = exp2_lanes(load(at) * factor_ - m[u]);
+          if (kSized) p *= splat(size[j]);
+          part[u] += p;
+          store(at, p);
+        }
       }
+      for (int u = 0; u < kVectors; ++u) l[u] += part[u];
     }
   }
 

@@ -1,5 +1,6 @@
 // The two products of attention on the vector units: register tiles of broadcast keys times queries in lanes, and of
-// broadcast masses times values in lanes. Any element type; sums in k order of the wide type.
+// broadcast masses times values in lanes. Any element type; sums of the wide type in k order, those over keys in chains
+// of kChainKeys: torch's own errs as little.
 
 template <class E>
 class VectorProducts {
@@ -83,12 +84,22 @@ class VectorProducts {
   template <int kVectors, class Sink>
   __attribute__((always_inline)) inline void value_rows(int64_t n, const T* mass, int64_t d, int64_t t, int64_t count,
                                                         const Sink& sink) const {
+    const T* values = values_ + d * keys_n_;
+    Vec<T> before[kOutRows][kVectors];  // in memory: the sums of one chain fill the registers
+    int64_t j = 0;
+    for (; n - j > kChainKeys; j += kChainKeys) {
+      Vec<T> acc[kOutRows][kVectors] = {};
+      multiply(acc, kChainKeys, mass + j * kTile + t, 1, kTile, values + j * kVectors * W, kVectors * W);
+#pragma GCC unroll 16
+      for (int w = 0; w < kOutRows; ++w)
+        for (int u = 0; u < kVectors; ++u) before[w][u] = j == 0 ? acc[w][u] : before[w][u] + acc[w][u];
+    }
     Vec<T> acc[kOutRows][kVectors] = {};
-    multiply(acc, n, mass + t, 1, kTile, values_ + d * keys_n_, kVectors * W);
+    multiply(acc, n - j, mass + j * kTile + t, 1, kTile, values + j * kVectors * W, kVectors * W);
 #pragma GCC unroll 16
     for (int w = 0; w < kOutRows; ++w)
       if (t + w < count)
-        for (int u = 0; u < kVectors; ++u) sink(t + w, d + u * W, acc[w][u]);
+        for (int u = 0; u < kVectors; ++u) sink(t + w, d + u * W, j == 0 ? acc[w][u] : before[w][u] + acc[w][u]);
   }
 
   const int64_t D_, Dp_, keys_n_;

@@ -25,5 +25,6 @@ constexpr int kReduceSum = 1, kReduceAmax = 2;                   // tokred::Redu
 constexpr int kScoresNone = 0, kScoresCls = 1, kScoresMean = 2;  // tokred::Scores
 // With D = 64, float32 keys, values and logits of a block take 410 KB; N = 577 (384 px) is one block.
 constexpr int64_t kKeyBlock = 640;
+constexpr int64_t kSumKeys = 32, kChainKeys = 256;  // in one chain of sums: masses, and masses times values
 
 }  // namespace tokred

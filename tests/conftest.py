@@ -21,6 +21,14 @@ def pytest_collection_modifyitems(items):
             item.add_marker(skip)
 
 
+@pytest.fixture(autouse=True)
+def threads():
+    """What a test sets ends with it: sums of PyTorch depend on the number of threads."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def poisoned(monkeypatch):
     """Uninitialised memory is NaN (floating) or the largest value (integer): an unwritten output shows."""

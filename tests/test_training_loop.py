@@ -129,7 +129,10 @@ def test_killed_with_9_it_goes_on_bit_for_bit(folder, tmp_path):
     argv += [f"--model-option={name}={value}" for name, value in SMALL.items()]
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     command = [sys.executable, "-m", "tokred_kernels", *argv, "--epochs", "500", "--output", str(killed)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    threads = str(torch.get_num_threads())  # sums depend on it
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": threads}
+    )
     try:
         while not (killed / "last.pt").exists():
             assert process.poll() is None

@@ -87,7 +87,7 @@ def build(*targets: str) -> Path:
 def emulator(name: str = "simt_kernels"):
     """The Python module with the emulated kernels; simt_counting is counting.py's."""
     path = build(f"{name}.so") / f"{name}.so"
-    spec = importlib.util.spec_from_file_location("simt_kernels", path)
+    spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

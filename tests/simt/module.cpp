@@ -107,7 +107,13 @@ static void gather(uintptr_t x, uintptr_t score, uintptr_t assign, uintptr_t out
   }
 }
 
-PYBIND11_MODULE(simt_kernels, m) {
+// A name each: pybind11 gives a module of a name it knows again.
+#if defined(SIMT_COUNTING)
+#define SIMT_MODULE simt_counting
+#else
+#define SIMT_MODULE simt_kernels
+#endif
+PYBIND11_MODULE(SIMT_MODULE, m) {
   m.def("seed", &simt::seed);
   m.def("match", &match);
   m.def("merge", &merge);

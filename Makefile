@@ -49,8 +49,8 @@ check: $(VENV)/developing  ## what style would change, as an error
 	$(BIN)/ruff check .
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 
-gpu:  ## on a machine with an NVIDIA GPU, with what is installed there: build, test, measure
-	$(PYTHON) -m benchmarks.gpu
+gpu:  ## on a machine with an NVIDIA GPU, with what is installed there: build, test, measure; ARGS=--resume goes on
+	$(PYTHON) -m benchmarks.gpu $(ARGS)
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "tokred_kernels needs Python >= 3.10 ($(PYTHON) is older)"; exit 1; }

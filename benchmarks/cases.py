@@ -53,6 +53,7 @@ class Inputs:
     assign: Tensor  # [B, N] int32
     y: Tensor  # [B, N - r, C]
     score: Tensor  # [B, N], as the class token's attention: positive, its sum 1
+    branch: Tensor  # [B, N, C], what attention adds to x
     r: int
     k: int  # patches that EViT keeps of the N - 1, 70 %
 
@@ -74,7 +75,8 @@ def inputs(shape: Shape, device: str = "cpu", dtype: torch.dtype = torch.float32
     assign = reference.match(keys, shape.r)
     y, _ = reference.merge(x, assign, N - shape.r, size)
     score = torch.randn(B, N, generator=generator).softmax(1).to(device)
-    return Inputs(x, q, keys, v, size, assign, y, score, shape.r, math.ceil(0.7 * (N - 1)))
+    branch = torch.randn(B, N, C, generator=generator).to(device, dtype)
+    return Inputs(x, q, keys, v, size, assign, y, score, branch, shape.r, math.ceil(0.7 * (N - 1)))
 
 
 def _eager_merge(i: Inputs) -> tuple[Tensor, Tensor]:

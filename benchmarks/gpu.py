@@ -1,7 +1,12 @@
-"""`make gpu`: on a machine with an NVIDIA GPU and nvcc, and no network, builds, tests, sanitises and measures.
+"""`make gpu`: on a machine with an NVIDIA GPU and nvcc, and no network, builds, tests, measures and sanitises.
 
-Writes benchmarks/results/<gpu>.json after every step. A step that fails is recorded with the end of its output, and
-those after it still run. Everything stays under nine minutes. Uses the Python that runs it, downloads nothing.
+Writes benchmarks/results/<gpu>.json after every step, and at the end the roofline beside it and README's table from it.
+A step that fails is recorded with the end of its output, and those after it still run. One command stays under nine
+minutes, which is not enough for everything: `make gpu ARGS=--resume` goes on where the last one stopped, and
+
+    make gpu ARGS='--steps measure --only "DeiT-S|deit_small"'
+
+does a part. Uses the Python that runs it, downloads nothing.
 """
 
 import argparse
@@ -12,13 +17,16 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import goals, results
+from . import goals, readme_table, results
 
 SECONDS = 530  # for everything: nine minutes less the time to finish writing
 TAIL = 4000  # characters of a step's output that are kept
+TOOLS = ("memcheck", "racecheck", "synccheck")
+STEPS = ("build", "tests", "measure", *TOOLS)
 
 
 @dataclass(frozen=True)
@@ -31,20 +39,21 @@ class Step:
     needs: float = 10.0
 
 
-def plan(measured: Path) -> list[Step]:
-    """What is done, in order; `measured` receives the figures of the last step."""
-    python = sys.executable
+def plan(measured: Path, only: str = "", resume: bool = False) -> list[Step]:
+    """What is done, in order; `measured` receives the figures."""
+    python, sanitizer = sys.executable, find_sanitizer()
+    # The measurement watches the clock itself, so that what it has is never lost.
+    measure = [python, "-m", "benchmarks.gpu_measure", str(measured), "{seconds}", "--only", only]
     steps = [
         Step("build", (python, "setup.py", "build_ext", "--inplace"), 150),
         # A test module that cannot be imported here (a missing package) must not keep the others from running.
-        Step("tests", (python, "-m", "pytest", "-m", "gpu", "-q", "--continue-on-collection-errors"), 150),
+        Step("tests", (python, "-m", "pytest", "-m", "gpu", "-q", "--continue-on-collection-errors"), 180),
+        Step("measure", (*measure, *(["--resume"] if resume else [])), SECONDS, needs=60),
     ]
-    sanitizer = find_sanitizer()
-    for tool in ("memcheck", "racecheck", "synccheck") if sanitizer else ():
+    for tool in TOOLS if sanitizer else ():
         command = (sanitizer, "--tool", tool, "--error-exitcode", "9", python, "-m", "benchmarks.sanitize")
-        steps.append(Step(tool, command, 45, needs=200))
-    # The measurement watches the clock itself, so that what it has is never lost.
-    return [*steps, Step("measure", (python, "-m", "benchmarks.gpu_measure", str(measured), "{seconds}"), SECONDS)]
+        steps.append(Step(tool, command, 240, needs=60))
+    return steps
 
 
 def find_sanitizer() -> str | None:
@@ -92,9 +101,22 @@ def failures(result: dict) -> list[str]:
     return [name for name, step in result["steps"].items() if step["status"] != "ok"]
 
 
+def finish(path: Path, result: dict) -> None:
+    """Draws the roofline and writes README's table, if the result is where README looks for it."""
+    from . import roofline
+
+    if result.get("kernels"):
+        print(f"{roofline.draw(result, path.with_suffix('.png'))} calls in {path.with_suffix('.png')}")
+    if path.parent == results.FOLDER:
+        readme_table.main([])
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="where to save (default: benchmarks/results/<gpu>.json)")
+    parser.add_argument("--steps", nargs="+", choices=STEPS, default=STEPS, help="do these alone")
+    parser.add_argument("--only", default="", metavar="PATTERN", help="measure the parts whose name matches")
+    parser.add_argument("--resume", action="store_true", help="leave out what went well before, at this commit")
     args = parser.parse_args(argv)
     deadline = time.monotonic() + SECONDS
     try:
@@ -105,25 +127,42 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"torch {torch.__version__} sees no NVIDIA GPU")
 
     path = args.json or results.FOLDER / f"{results.slug(torch.cuda.get_device_name())}.json"
-    measured = path.with_suffix(".partial")
-    measured.unlink(missing_ok=True)
-    result = {"figures": {}, "steps": {}}
-    for step in plan(measured):
+    result = carry_out(path, plan(path, args.only, args.resume), args.steps, args.resume, deadline)
+    print("\n".join(goals.lines(goals.GPU, result.get("figures", {}))))
+    finish(path, result)
+    print(f"saved {path}")
+    missing = [*failures(result), *(name for name, how in result.get("parts", {}).items() if how != "ok")]
+    if missing:
+        print(f"to go on with {', '.join(missing[:5])}{', ...' * (len(missing) > 5)}: make gpu ARGS=--resume")
+    return 1 if missing else 0
+
+
+def carry_out(path: Path, steps: list[Step], chosen: Sequence[str], resume: bool, deadline: float) -> dict:
+    """Runs the chosen steps, saving after each. What the file holds of other steps stays, if it is of this commit."""
+    commit = results.commit()
+    old = json.loads(path.read_text()) if path.exists() else {}
+    done = old.get("steps", {}) if old.get("commit") == commit else {}
+    for step in steps:
+        if step.name not in chosen or (resume and done.get(step.name, {}).get("status") == "ok"):
+            continue
         print(f"{step.name} ...", flush=True)
         outcome = run_step(step, deadline - time.monotonic())
         if step.name == "tests":
             outcome["counts"] = outcomes(outcome["tail"])
-        result["steps"][step.name] = outcome
-        if measured.exists():
-            result |= json.loads(measured.read_text())
-        path.write_text(json.dumps(result, indent=2) + "\n")
+        done[step.name] = outcome
+        save(path, commit, done)
         print(f"{step.name}: {outcome['status']}, {outcome['seconds']} s {outcome.get('counts', '')}", flush=True)
         if outcome["status"] != "ok":
             print(outcome["tail"][-1500:], flush=True)
-    measured.unlink(missing_ok=True)
-    print("\n".join(goals.lines(goals.GPU, result["figures"])))
-    print(f"saved {path}")
-    return 1 if failures(result) else 0
+    return json.loads(path.read_text())
+
+
+def save(path: Path, commit: str, steps: dict) -> None:
+    """The steps, beside what the measurement wrote into the file at this commit."""
+    result = json.loads(path.read_text()) if path.exists() else {}
+    if result.get("commit") != commit:
+        result = {"commit": commit, "figures": {}, "parts": {}}
+    path.write_text(json.dumps({**result, "steps": steps}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

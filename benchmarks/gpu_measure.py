@@ -1,207 +1,134 @@
-"""Measures the GPU goals and saves after each: `python -m benchmarks.gpu_measure FILE SECONDS`.
+"""Measures the GPU goals part by part and saves after each: `python -m benchmarks.gpu_measure FILE SECONDS`.
 
-bfloat16, inference, CUDA graphs timed with events, variants interleaved, median. Ops rotate over four sets of inputs,
-465 MB at B = 256, so that no cache serves them.
+--only PATTERN measures the parts whose name matches, --resume those that FILE lacks; --list prints the names. What FILE
+holds of other parts stays if it is of this commit, so that any number of commands fill one file.
 """
 
+import argparse
+import itertools
 import json
-import sys
+import re
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import timm
 import torch
-from torch import nn
-from torch.profiler import ProfilerActivity, profile
 
-import tokred_kernels as tokred
-from tokred_kernels.cli import agreement, variants
-from tokred_kernels.cli.timing import graphed, interleave
+from . import gpu_models as m
+from . import gpu_ops, results
+from .gpu_device import Gpu
+from .gpu_ops import Part
 
-from . import cases, results
-
-MODEL, R = "deit_small_patch16_224", 13
-SETS = 4
-Figures = dict[str, dict[str, float]]
+Parts = list[tuple[str, float, Callable[[Gpu], Part]]]
 
 
-def merge_bytes(B: int, N: int, M: int, C: int, element: int) -> int:
-    """What a merge has to move: x, assign and size in, out and the new sizes out."""
-    return B * (N * C * element + 4 * N + 4 * N + M * C * element + 4 * M)
+def parts() -> Parts:
+    """(name, seconds that must be left for it, what measures it): the most wanted first."""
+    goals_first = [
+        ("steps", 30, gpu_ops.steps),
+        _row(m.DEIT_S, *m.TOME, 256),
+        _row(m.DEIT_S, *m.TOME, 64),
+        _row(m.DEIT_B, *m.TOME, 256),
+        _row(m.VIT_L, "tome", {"r": 8}, 64),
+        _row(m.DEIT_S, *m.TOME, 8),
+        _row(m.DEIT_S, *m.TOME, 1),
+        ("attention", 30, gpu_ops.attention),
+        ("training", 40, m.training),
+        ("mctf", 20, m.mctf),
+        _compiled(m.DEIT_S, *m.TOME, 256),
+        ("compiled steps", 60, gpu_ops.compiled_steps),
+        ("noise free", 90, m.noise_free),
+        _compiled(m.DEIT_S, *m.TOME, 256, "plain_sdpa"),
+        _compiled(m.DEIT_S, *m.TOME, 256, "plain_explicit"),
+        _compiled(m.DEIT_S, "tome", {"r": 16}, 256),
+        _compiled(m.DEIT_S, *m.EVIT, 256),
+        _compiled(m.VIT_L, "tome", {"r": 8}, 64),
+        ("kernels", 90, gpu_ops.kernels),
+    ]
+    grid = list(_rows()) + [_compiled(m.DEIT_S, *m.TOME, B) for B in (1, 8)]
+    named = {name for name, *_ in goals_first}
+    return goals_first + [part for part in grid if part[0] not in named]
 
 
-def ops() -> tuple[Figures, dict]:
-    """G4, G5 and the eager half of G7, and the microseconds behind them."""
-    given = _inputs(256)
-    i = given[0]
-    candidates, seconds = {}, {}
-    for backend in ("cuda", "triton"):
-        for op in ("match", "merge", "match_merge"):
-            try:
-                with tokred.use_backend(backend):
-                    cases.check(op, i, cases.OPS[op][0](i))
-                    candidates[f"{op} {backend}"] = _rotating(cases.OPS[op][0], given)
-            except Exception as error:  # one backend that is missing or wrong must not hide the other
-                seconds[f"{op} {backend}"] = f"{type(error).__name__}: {error}"
-    for op in ("match", "match_merge"):
-        cases.check(op, i, cases.OPS[op][1](i))
-        candidates[f"{op} eager"] = _rotating(cases.OPS[op][1], given)
-    target = torch.empty_like(i.x)
-    candidates["copy"] = _rotating(lambda j: target.copy_(j.x), given)
-    times = {name: timing.median / SETS for name, timing in interleave(candidates, "cuda", rounds=30).items()}
-
-    bandwidth = 2 * i.x.nbytes / times["copy"]
-    moved = merge_bytes(*i.x.shape[:2], i.m, i.x.shape[2], i.x.element_size())
-    figures = {"G4": {}, "G5": {}, "G7 eager": {}}
-    for backend in _measured(times, "match_merge"):
-        figures["G4"][backend] = times["match eager"] / times[f"match {backend}"]
-        figures["G5"][backend] = 100 * moved / times[f"merge {backend}"] / bandwidth
-        figures["G7 eager"][backend] = times["match_merge eager"] / times[f"match_merge {backend}"]
-    seconds |= times
-    return figures, {"ops": {**seconds, "copy bytes/s": bandwidth}}
+def _row(model: str, method: str, options: dict, B: int) -> tuple:
+    large = model in (m.DEIT_B, m.VIT_L) and B >= 64
+    return f"row {model} {method} {m.named(options)} B={B}", 40 if large else 15, m.row(model, method, options, B)
 
 
-def compiled_step() -> tuple[Figures, dict]:
-    """The other half of G7."""
-    given = _inputs(256)
-    call, eager = cases.OPS["match_merge"]
-    compiled = torch.compile(eager, dynamic=False)
-    cases.check("match_merge", given[0], compiled(given[0]))
-    candidates = {"ours": _rotating(call, given), "compiled": _rotating(compiled, given)}
-    times = {name: timing.median / SETS for name, timing in interleave(candidates, "cuda", rounds=30).items()}
-    return {"G7 compiled": {"B=256": times["compiled"] / times["ours"]}}, {"compiled step": times}
+def _rows() -> Iterator[tuple]:
+    for model, B in itertools.product((m.DEIT_S, m.DEIT_B, m.DEIT_T, m.VIT_L), (256, 64, 8, 1)):
+        for method, options in m.OPTIONS:
+            if not m.removes_too_much(model, options):
+                yield _row(model, method, options, B)
 
 
-def models(B: int) -> tuple[Figures, dict]:
-    """G8, G10 and G11 of one batch size, and the row of the model table."""
-    found, batch = _variants(B)
-    rows = variants.rows(variants.measure(found, batch, rounds=30), "tome", "cuda", B)
-    median = {name: row["seconds_median"] for name, row in rows.items()}
-    case = f"B={B}"
-    figures: Figures = {}
-    if B >= 64:
-        figures[f"G8 DeiT-S {case}"] = {case: rows["tome"]["re_sdpa"]}
-        figures["G10 explicit"] = {case: median["plain_explicit"] / median["tome"]}
-        figures["G10 sdpa"] = {case: median["plain_sdpa"] / median["tome"]}
-    else:
-        figures["G11"] = {case: median["tome"] / median["oracle"]}
-    macs = [tokred.schedule.macs(found[name]) for name in ("dense", "tome")]
-    row = {"model": MODEL, "method": "tome", "options": {"r": R}, "batch_size": B}
-    row |= {"ideal_speedup": macs[0] / macs[1], "variants": rows}
-    return figures, {"models": [row]}
+def _compiled(model: str, method: str, options: dict, B: int, other: str = "dense") -> tuple:
+    name = f"compiled {model} {method} {m.named(options)} B={B} against {other}"
+    return name, 180 if model == m.VIT_L else 110, m.compiled(model, method, options, B, other)
 
 
-def noise_free() -> tuple[Figures, dict]:
-    """G13: kernels a step adds, and a captured graph that replays to the same bits."""
-    found, batch = _variants(64)
-    reduced = found["tome"]
-    torch.cuda.set_sync_debug_mode("error")  # a host sync inside the forward raises
-    try:
-        eager = reduced(batch).clone()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    replay = graphed(lambda: reduced(batch))
-    equal = all(torch.equal(replay(), eager) for _ in range(3))
-    added = (_kernels(reduced, batch) - _kernels(found["dense"], batch)) / len(reduced.blocks)
-    return {"G13 kernels": {"tome": added}, "G13 replay": {"tome": float(equal)}}, {}
+def started(path: Path) -> dict:
+    """The result to go on with: what the file holds, if it is of this commit and device, else a new one."""
+    new = {**results.provenance(), "figures": {}, "models": [], "kernels": [], "raw": {}, "parts": {}}
+    old = json.loads(path.read_text()) if path.exists() else {}
+    if all(old.get(key) == new[key] for key in ("commit", "gpus", "versions")):
+        return {**new, **old}
+    return new
 
 
-def compiled_model(names: tuple[str, ...]) -> Callable[[], tuple[Figures, dict]]:
-    """G9 (dense and ours) or G10's compiled cases (a plain form and ours), at B = 256."""
-
-    def measure() -> tuple[Figures, dict]:
-        found, batch = _variants(256)
-        calls = {}
-        for name in names:
-            torch._dynamo.reset()
-            compiled = torch.compile(found[name], dynamic=False)
-            cosine = agreement.cosine(compiled(batch), found[name](batch))
-            if cosine < variants.LEAST_COSINE[batch.dtype]:
-                raise AssertionError(f"{name} compiled disagrees with {name}: cosine {cosine}")
-            calls[name] = graphed(lambda name=name: found[name](batch))
-            calls[f"{name} compiled"] = graphed(lambda compiled=compiled: compiled(batch))
-        seconds = {name: timing.median for name, timing in interleave(calls, "cuda", rounds=30).items()}
-        best = {name: min(seconds[name], seconds[f"{name} compiled"]) for name in names}
-        other = best[names[0]] / best["tome"]
-        goal, case = ("G9", "B=256") if names[0] == "dense" else ("G10 compiled", names[0])
-        return {goal: {case: other}}, {" and ".join(names): seconds}
-
-    return measure
-
-
-def parts() -> Iterator[tuple[str, float, Callable[[], tuple[Figures, dict]]]]:
-    """What is measured, with the seconds that must be left for it: the cheap and most wanted first."""
-    yield "ops", 30, ops
-    for B in (256, 64, 8, 1):
-        yield f"models B={B}", 25, lambda B=B: models(B)
-    yield "noise free", 20, noise_free
-    yield "compiled step", 30, compiled_step
-    yield "compiled dense", 120, compiled_model(("dense", "tome"))
-    yield "compiled sdpa", 150, compiled_model(("plain_sdpa", "tome"))
-    yield "compiled explicit", 150, compiled_model(("plain_explicit", "tome"))
-
-
-def collect(path: Path, seconds: float, todo=None) -> dict:
-    """Measures part after part, saving after each; what fails or does not fit is named under "not_measured"."""
+def collect(path: Path, seconds: float, todo: Parts, gpu: Gpu, resume: bool = False) -> dict:
+    """Measures part after part, saving after each; "parts" says "ok" of each, or why not."""
     deadline = time.monotonic() + seconds
-    result = {**results.provenance(), "figures": {}, "models": [], "raw": {}, "not_measured": {}}
-    for name, needs, measure in parts() if todo is None else todo:
+    result = started(path)
+    for name, needs, measure in todo:
+        if resume and result["parts"].get(name) == "ok":
+            continue
         if deadline - time.monotonic() < needs:
-            result["not_measured"][name] = "no time left"
+            result["parts"].setdefault(name, "no time left")
         else:
+            print(name, flush=True)
             try:
-                figures, raw = measure()
-                for goal, figure in figures.items():
-                    result["figures"].setdefault(goal, {}).update(figure)
-                result["models"] += raw.pop("models", [])
-                result["raw"] |= raw
+                _add(result, *measure(gpu))
+                result["parts"][name] = "ok"
             except Exception as error:
-                result["not_measured"][name] = f"{type(error).__name__}: {error}"
+                result["parts"][name] = f"{type(error).__name__}: {error}"
                 traceback.print_exc()
         path.write_text(json.dumps(result, indent=2) + "\n")
     return result
 
 
-def _inputs(B: int) -> list[cases.Inputs]:
-    shape = cases.Shape("deit_small", B, 197, 6, R)
-    return [cases.inputs(shape, "cuda", torch.bfloat16, seed) for seed in range(SETS)]
+def _add(result: dict, figures: gpu_ops.Figures, more: dict) -> None:
+    """What a part found, in place of what it found before."""
+    for goal, figure in figures.items():
+        result["figures"].setdefault(goal, {}).update(figure)
+    rows = more.pop("models", [])
+    result["models"] = [old for old in result["models"] if not any(_same_row(old, row) for row in rows)] + rows
+    result["kernels"] = more.pop("kernels", result["kernels"])
+    result["raw"] |= more
 
 
-def _rotating(call: Callable, given: list[cases.Inputs]) -> Callable[[], object]:
-    """One CUDA graph with a call on each set of inputs."""
-    return graphed(lambda: [call(i) for i in given])
+def _same_row(a: dict, b: dict) -> bool:
+    return all(a[key] == b[key] for key in ("model", "method", "options", "batch_size"))
 
 
-def _measured(times: dict[str, float], op: str) -> list[str]:
-    return [b for b in ("cuda", "triton") if all(f"{o} {b}" in times for o in ("match", "merge", op))]
-
-
-def _variants(B: int) -> tuple[dict[str, nn.Module], torch.Tensor]:
-    """The variants of DeiT-S on the GPU and a batch; raises if their results disagree."""
-    torch.manual_seed(0)
-    model = timm.create_model(MODEL).eval().to("cuda", torch.bfloat16)
-    batch = torch.randn(B, 3, 224, 224, device="cuda", dtype=torch.bfloat16)
-    found = variants.build(model, "tome", r=R)
-    checked = variants.verify(found, "tome", batch, B)
-    if not checked["passed"]:
-        raise AssertionError(f"the results disagree: {checked}")
-    return found, batch
-
-
-def _kernels(model: nn.Module, batch: torch.Tensor) -> int:
-    """GPU kernels and copies of one forward."""
-    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiled:
-        model(batch)
-        torch.cuda.synchronize()
-    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profiled.events())
-
-
-def main() -> int:
-    with torch.inference_mode():
-        result = collect(Path(sys.argv[1]), float(sys.argv[2]) - 10)
-    return 1 if result["not_measured"] else 0
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_measure", description=__doc__.splitlines()[0])
+    parser.add_argument("file", type=Path, nargs="?")
+    parser.add_argument("seconds", type=float, nargs="?", default=530)
+    parser.add_argument("--only", default="", metavar="PATTERN", help="measure the parts whose name matches")
+    parser.add_argument("--resume", action="store_true", help="leave out what FILE has of this commit")
+    parser.add_argument("--list", action="store_true", help="print the parts")
+    args = parser.parse_args(argv)
+    todo = [part for part in parts() if re.search(args.only, part[0])]
+    if args.list:
+        print("\n".join(name for name, *_ in todo))
+        return 0
+    if args.file is None or not todo:
+        parser.error("FILE is missing" if args.file is None else f"no part matches {args.only!r}")
+    with torch.no_grad():
+        result = collect(args.file, args.seconds - 10, todo, Gpu(), args.resume)
+    return 1 if any(result["parts"].get(name) != "ok" for name, *_ in todo) else 0
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ NAMES = {
 
 def table(measured: list[dict]) -> str:
     """Markdown: for each result its provenance, models and goals."""
-    parts = [part for result in measured for part in (_provenance(result), _models(result), _goals(result)) if part]
+    parts = [part for result in measured for part in _parts(result) if part]
     if not results.gpu_figures(measured):
         parts.append("On a GPU: **not measured** (`make gpu` measures it).")
     return "\n\n".join(parts)
@@ -34,6 +34,10 @@ def insert(readme: str, markdown: str) -> str:
         raise ValueError(f"README needs one {BEGIN} followed by one {END}")
     before, _, rest = readme.partition(BEGIN)
     return f"{before}{BEGIN}\n{markdown}\n{END}{rest.partition(END)[2]}"
+
+
+def _parts(result: dict) -> tuple[str, ...]:
+    return _provenance(result), _grid(result) if "parts" in result else _models(result), _goals(result)
 
 
 def _provenance(result: dict) -> str:
@@ -61,6 +65,22 @@ def _models(result: dict) -> str:
             cells = (f"{row['images_per_second']:.3g}", f"{row['speedup']:.2f}x", *efficiency)
             rows.append(f"| {title} | {case['batch_size']} | {label} | {' | '.join(cells)} |")
     return "\n".join(rows) if len(rows) > 2 else ""
+
+
+def _grid(result: dict) -> str:
+    """The many rows of a GPU: a line a model and method, a column a batch size."""
+    batches = sorted({case["batch_size"] for case in result["models"]})
+    cells: dict[tuple, dict[int, str]] = {}
+    for case in result["models"]:
+        row = case["variants"][case["method"]]
+        options = ", ".join(f"{option}={value}" for option, value in case["options"].items())
+        line = cells.setdefault((case["model"], case["method"], options, f"{case['ideal_speedup']:.2f}x"), {})
+        line[case["batch_size"]] = f"{row['images_per_second']:.3g}/s, {row['speedup']:.2f}x, RE {row['re_sdpa']:.3f}"
+    titles = ["model", "method", "options", "speed-up of the MACs", *(f"B={B}" for B in batches)]
+    rows = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    for key, line in cells.items():
+        rows.append(f"| {' | '.join((*key, *(line.get(B, 'not measured') for B in batches)))} |")
+    return "\n".join(rows) if cells else ""
 
 
 def _goals(result: dict) -> str:

@@ -30,18 +30,25 @@ def gpu_figures(results: list[dict]) -> dict[str, dict[str, float]]:
     return max(with_gpu, key=lambda result: result["date"])["figures"] if with_gpu else {}
 
 
-def provenance() -> dict:
-    """Machine, versions, commit and day of a measurement."""
-    from tokred_kernels.cli import machine
+def commit() -> str:
+    """The commit that is checked out, and whether files differ from it; results are not counted."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True).stdout.strip()
 
-    changed = git("status", "--porcelain", "--untracked-files=no")
+    # A measurement writes these two itself.
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":!benchmarks/results", ":!README.md")
+    return (git("rev-parse", "--short=12", "HEAD") or "unknown") + (" with changes" if changed else "")
+
+
+def provenance() -> dict:
+    """Machine, versions, commit and day of a measurement."""
+    from tokred_kernels.cli import machine
+
     return {
         "cpu": machine.cpu(),
         "gpus": machine.gpus(),
         "versions": machine.versions(),
-        "commit": (git("rev-parse", "--short=12", "HEAD") or "unknown") + (" with changes" if changed else ""),
+        "commit": commit(),
         "date": datetime.date.today().isoformat(),
     }

@@ -1,7 +1,6 @@
 """Benchmarks and baselines: they measure the right thing, compare before they time, and report what was measured."""
 
 import json
-import sys
 import time
 
 import pytest
@@ -10,7 +9,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 import tokred_kernels as tokred
-from benchmarks import cases, goals, gpu, gpu_measure, noise_free, readme_table, report, results
+from benchmarks import cases, goals, noise_free, readme_table, report, results
 from tokred_kernels import reference, schedule
 from tokred_kernels.cli import variants
 from tokred_kernels.cli.timing import Timing, interleave
@@ -307,79 +306,3 @@ class TestReadmeTable:
     def test_readme_without_a_pair_of_markers_is_refused(self, readme):
         with pytest.raises(ValueError, match="table:begin"):
             readme_table.insert(readme, "new")
-
-
-class TestGpuDriver:
-    """The parts of `make gpu` that need no GPU."""
-
-    @staticmethod
-    def step(script: str, limit: float = 20.0, needs: float = 1.0) -> gpu.Step:
-        return gpu.Step("step", (sys.executable, "-c", script), limit, needs)
-
-    def test_a_step_says_how_it_went(self):
-        outcome = gpu.run_step(self.step("print('hello', {seconds})"), 99)
-        assert outcome["status"] == "ok" and outcome["tail"] == "hello 20\n"
-
-    def test_a_failure_is_recorded_with_its_output(self):
-        outcome = gpu.run_step(self.step("import sys; print('why', file=sys.stderr); sys.exit(3)"), 99)
-        assert outcome["status"] == "exit status 3" and "why" in outcome["tail"]
-
-    def test_a_step_that_hangs_is_stopped_and_recorded(self):
-        outcome = gpu.run_step(self.step("import time; print('here', flush=True); time.sleep(60)", limit=1), 99)
-        assert outcome["status"] == "stopped after 1 s" and outcome["tail"] == "here\n"
-
-    def test_a_missing_program_is_recorded(self):
-        outcome = gpu.run_step(gpu.Step("step", ("/nowhere/nvcc",), 5, 1), 99)
-        assert outcome["status"].startswith("not started")
-
-    def test_a_step_without_time_is_not_started(self):
-        outcome = gpu.run_step(self.step("", needs=30), 29)
-        assert outcome == {"status": "not started: 29 s left", "seconds": 0.0, "tail": ""}
-
-    def test_plan_builds_tests_and_measures(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(gpu, "find_sanitizer", lambda: "/opt/compute-sanitizer")
-        steps = gpu.plan(tmp_path / "out")
-        assert [step.name for step in steps] == ["build", "tests", "memcheck", "racecheck", "synccheck", "measure"]
-        assert sum(step.limit for step in steps[:-1]) + 60 < gpu.SECONDS
-
-    def test_pytest_summary(self):
-        tail = "FAILED tests/x.py::test_3 passed\n3 failed, 41 passed, 2 skipped, 900 deselected, 1 error in 61.20s\n"
-        assert gpu.outcomes(tail) == {"failed": 3, "passed": 41, "skipped": 2, "deselected": 900, "error": 1}
-        assert gpu.outcomes("Segmentation fault") == {}
-
-    def test_failed_steps_are_named(self):
-        steps = {"build": {"status": "ok"}, "tests": {"status": "exit status 1"}}
-        assert gpu.failures({"steps": steps}) == ["tests"]
-
-    @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-    def test_without_a_gpu_it_says_so(self, capsys):
-        with pytest.raises(SystemExit, match="2"):
-            gpu.main([])
-        assert "sees no NVIDIA GPU" in capsys.readouterr().err
-
-    def test_merge_bytes_of_the_goals_shape(self):
-        # 38.7 MB in and 36.2 MB out in bfloat16, and 5 bytes in a thousand for assign and sizes.
-        assert gpu_measure.merge_bytes(256, 197, 184, 384, 2) == pytest.approx(75.5e6, rel=0.01)
-
-    def test_a_part_that_fails_hides_no_other(self, tmp_path):
-        def broken():
-            raise RuntimeError("no kernel")
-
-        todo = [
-            ("broken", 0, broken),
-            ("one", 0, lambda: ({"G4": {"cuda": 2.0}}, {"models": [1], "ops": {"a": 1}})),
-            ("slow", 1e9, broken),
-            ("two", 0, lambda: ({"G4": {"triton": 3.0}}, {})),
-        ]
-        path = tmp_path / "out.json"
-        result = gpu_measure.collect(path, 60, todo)
-        assert json.loads(path.read_text()) == result
-        assert result["figures"] == {"G4": {"cuda": 2.0, "triton": 3.0}}
-        assert result["models"] == [1]
-        assert result["not_measured"] == {"broken": "RuntimeError: no kernel", "slow": "no time left"}
-        assert result["commit"]
-
-    def test_every_gpu_goal_has_a_measurement(self):
-        source = (results.ROOT / "benchmarks" / "gpu_measure.py").read_text()
-        for goal in goals.GPU:
-            assert goal.id.split(" B=")[0] in source, goal.id

@@ -199,7 +199,7 @@ def test_weights_that_do_not_fit_are_refused_in_one_line_and_the_model_left_alon
 
 def test_what_exit_logits_cannot_do_is_refused():
     model = tiny("deit")
-    with pytest.raises(ValueError, match=r"exit_logits: the model has no exits; load_metr\(model, state_dict, exits=T"):
+    with pytest.raises(ValueError, match=r"exit_logits: the model has no exits: add_exits\(model\), load_metr"):
         tokred.exit_logits(model, images())
     tokred.load_metr(model, checkpoint(), exits=True)
     with pytest.raises(ValueError, match="exit_at must be one of post_block, post_attn, got 'input'"):

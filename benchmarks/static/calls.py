@@ -56,7 +56,8 @@ class Call:
 def _reduction(s: Shape, call: Callable) -> Iterator[Call]:
     B, N, C, e = s.B, s.N, s.H * D, s.dtype.itemsize
     M, k = N - R, math.ceil(KEEP * (N - 1))
-    x = torch.zeros(B, N, C, dtype=s.dtype)
+    x, branch = torch.zeros(2, B, N, C, dtype=s.dtype)
+    affine = torch.ones(2, C, dtype=s.dtype)
     keys = torch.zeros(B, N, 3, s.H, D, dtype=s.dtype)[:, :, 1].transpose(1, 2)
     tokens = torch.randn(1, N, 8, generator=torch.Generator().manual_seed(0))
     assign = reference.match(tokens, R).expand(B, N).contiguous()
@@ -74,6 +75,10 @@ def _reduction(s: Shape, call: Callable) -> Iterator[Call]:
     yield call("topk_gather", "", x, score, k, floor=2 * B * (k + 1) * row + 2 * per_token)
     fused = B * (N + k + 2) * row + 2 * per_token
     yield call("topk_gather", "mean", x, score, k, fuse="mean", floor=fused, flops=2 * B * (N - 1 - k) * C)
+    tail = {"floor": 2 * B * (N + M) * row + 2 * row + 2 * per_token + 4 * B * M, "flops": B * (3 * N + 8 * M) * C}
+    yield call("add_merge_norm", "size", x, branch, assign, M, *affine, size, **tail)
+    tail = {"floor": 2 * B * (N + k + 2) * row + 2 * row + 2 * per_token, "flops": B * (3 * N + 8 * k) * C}
+    yield call("add_topk_gather_norm", "mean", x, branch, score, k, *affine, fuse="mean", **tail)
 
 
 def _attention(s: Shape, call: Callable) -> Iterator[Call]:

@@ -2,7 +2,7 @@
 //
 //   y_i = x_i + branch_i, rounded to its type, wherever merge or topk_gather would read x_i
 //   normed_j = (out_j - mean) / sqrt(variance + eps) * weight + bias over the C channels of out_j, as rounded, while
-//   the row is in the first-level cache: 4 C operations and no memory but normed
+//   the row is in the first-level cache: 8 C operations, no memory but normed
 //
 // y itself is never in memory.
 

@@ -8,7 +8,7 @@
 //
 // Floor at N = 196, C = 384, float32: 301 KB read, 154 KB written; 7.3 M pairs and channels, a subtraction and a
 // multiply-add each, are 0.92 M vectors of 16 lanes: 197 us where a loop of these two alone issues 4.65 G a second.
-// Reached there, on a Xeon with AMX: 205 us, half the time of torch.cdist with its matrix product.
+// Reached there, on a Xeon with AMX: 205 us, 1.6 to 1.7 times as fast as torch.cdist with its matrix product.
 // Scratch 4 N C bytes a thread, in the second-level cache.
 
 constexpr int kChunk = 64;

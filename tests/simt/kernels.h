@@ -2,6 +2,7 @@
 #pragma once
 #include <algorithm>
 #include <memory>
+#include <new>
 #include <stdexcept>
 
 #include "add_merge_norm.cuh"
@@ -26,13 +27,26 @@ struct Launcher {
   }
 };
 
+// As cudaMalloc aligns memory: else a count of sectors depends on where malloc found room.
+constexpr std::align_val_t kAlignment{256};
+struct Free {
+  void operator()(char* memory) const { operator delete[](memory, kAlignment); }
+};
+using Scratch = std::unique_ptr<char[], Free>;
+
+// Of exactly this size, so that a sanitizer sees what lies beyond, and full of garbage.
+inline Scratch scratch_memory(int64_t bytes) {
+  Scratch memory(new (kAlignment) char[size_t(bytes)]);
+  memset(memory.get(), 0xCB, size_t(bytes));
+  simt::device_memory(memory.get(), size_t(bytes));
+  return memory;
+}
+
 // Returns the scratch memory, whose end holds the edges; none where one block an image does it all.
-inline std::unique_ptr<char[]> emulate_match(const MatchBatch& m, const Device& device) {
-  std::unique_ptr<char[]> scratch;
+inline Scratch emulate_match(const MatchBatch& m, const Device& device) {
+  Scratch scratch;
   launch_match(m, device, Launcher{std::max(device.shared_bytes, Launcher{}.shared_limit)}, [&](int64_t bytes) {
-    scratch.reset(new char[size_t(bytes)]);
-    memset(scratch.get(), 0xCB, size_t(bytes));
-    simt::device_memory(scratch.get(), size_t(bytes));
+    scratch = scratch_memory(bytes);
     return scratch.get();
   });
   return scratch;
@@ -51,12 +65,10 @@ void emulate_unmerge(const UnmergeBatch<Word>& u) {
 // Returns how much scratch memory it took.
 template <typename T>
 int64_t emulate_attention(const AttentionBatch& g, Emission emit, float* scores, const Device& device) {
-  std::unique_ptr<char[]> scratch;
+  Scratch scratch;
   int64_t taken = 0;
   launch_scored_attention<T>(g, emit, scores, device, Launcher{}, [&](int64_t bytes) {
-    scratch.reset(new char[size_t(bytes)]);
-    memset(scratch.get(), 0xCB, size_t(bytes));
-    simt::device_memory(scratch.get(), size_t(bytes));
+    scratch = scratch_memory(bytes);
     taken += bytes;
     return scratch.get();
   });

@@ -61,7 +61,7 @@ def exit_logits(model: nn.Module, images: Tensor, *, exit_at: str = "post_block"
             checkpointing, which keeps no gradients inside a block.
     """
     if not hasattr(model, "tokred_exits"):
-        raise ValueError("exit_logits: the model has no exits; load_metr(model, state_dict, exits=True) adds them")
+        raise ValueError("exit_logits: the model has no exits: add_exits(model), load_metr(..., exits=True)")
     if exit_at not in EXIT_AT:
         raise ValueError(f"exit_logits: exit_at must be one of {', '.join(EXIT_AT)}, got {exit_at!r}")
     check_uncompiled("exit_logits", model)

@@ -9,24 +9,7 @@ import torch
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.experimental import register_sharding
 
-OPS = (
-    "add_merge_norm",
-    "add_topk_gather_norm",
-    "attention",
-    "attention_backward",
-    "attention_scores",
-    "knn",
-    "match",
-    "match_merge",
-    "medoids",
-    "merge",
-    "nearest",
-    "pairwise_distance",
-    "separation",
-    "topk",
-    "topk_gather",
-    "unmerge",
-)
+from .._backend import OPS
 
 
 def _register(name: str) -> None:

@@ -92,3 +92,21 @@ def test_one_launch_each_and_one_for_the_selection():
             torch.cuda.synchronize()
         kernels = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
         assert len(kernels) == launches
+
+
+def test_offsets_past_2_to_the_31():
+    """The last image is what it is alone."""
+    B, N, C = 30_000, 197, 384
+    if torch.cuda.mem_get_info()[0] < 24 << 30:
+        pytest.skip("needs 24 GiB of free device memory")
+    x = torch.randn(1, N, C, device="cuda", dtype=torch.bfloat16).expand(B, -1, -1).contiguous()
+    assert x.numel() > 2**31
+    assign = (torch.arange(N, device="cuda", dtype=torch.int32) % 184).expand(B, -1)
+    score = torch.rand(1, N, device="cuda").expand(B, -1)
+    for step in (
+        lambda n: tokred.add_merge_norm(x[:n], x[:n], assign[:n], 184, None, None),
+        lambda n: tokred.add_topk_gather_norm(x[:n], x[:n], score[:n], 138, None, None, fuse="sum"),
+        lambda n: tokred.topk_gather(x[:n], score[:n], 138, fuse="sum"),
+    ):
+        last = [t[-1:].clone() for t in step(B)]
+        assert all(same(a, b) for a, b in zip(last, step(1), strict=True))

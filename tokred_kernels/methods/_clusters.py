@@ -12,7 +12,7 @@ def to_assign(label: Tensor, prefix: int) -> Tensor:
 
 def ranked(score: Tensor, k: int) -> Tensor:
     """[B, k] int32, the k best of score [B, P] by the order rule: the highest first, of equals the lower index."""
-    score = score.masked_fill(score.isnan(), -torch.inf)
+    score = score.nan_to_num(-torch.inf, torch.inf, -torch.inf)
     return score.sort(dim=1, descending=True, stable=True).indices[:, :k].int()
 
 

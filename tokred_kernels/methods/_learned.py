@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from .. import schedule
 from ._clusters import to_assign
+from ._method import Assign
 from ._staged import BeforeBlock
 
 
@@ -60,7 +61,7 @@ class Soft(BeforeBlock):
         """The learned module: patches [B, P, C] to clusters [B, M, C] and W [B, M, P]."""
         raise NotImplementedError
 
-    def reduce(self, block, x: Tensor, size: Tensor | None, keep: int) -> tuple[Tensor, Tensor | None, Tensor]:
+    def reduce(self, block, x: Tensor, size: Tensor | None, keep: int) -> tuple[Tensor, Tensor | None, Assign]:
         prefix = block.tokred_prefix
         rows, W = block.tokred_part(x[:, prefix:])
-        return torch.cat([x[:, :prefix], rows.to(x.dtype)], 1), size, to_assign(W.argmax(1), prefix)
+        return torch.cat([x[:, :prefix], rows.to(x.dtype)], 1), size, lambda: to_assign(W.argmax(1), prefix)

@@ -1,11 +1,15 @@
 """What a method is: the base of every class in this folder."""
 
 import operator
+from collections.abc import Callable
 from typing import ClassVar
 
 from torch import Tensor, nn
 
 from .. import _check, schedule
+
+# assign [B, N], or what makes it for those who ask: soft methods do not need it themselves, and it is five kernels.
+Assign = Tensor | Callable[[], Tensor]
 
 
 class Method:
@@ -43,7 +47,7 @@ class Method:
         """(tokens in attention, tokens in the MLP) of each block."""
         raise NotImplementedError
 
-    def step(self, block, x: Tensor, size: Tensor | None, r: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def step(self, block, x: Tensor, size: Tensor | None, r: int) -> tuple[Tensor, Tensor | None, Assign | None]:
         """One block on x [B, N, C]: the new x [B, M, C], its sizes [B, M] and assign [B, N], None if not reduced.
 
         size is None until tokens have sizes. r may be 0. In a forward whose schedule is 0 throughout, blocks run

@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from .. import schedule
-from ._method import Method
+from ._method import Assign, Method
 
 
 @dataclass(frozen=True)
@@ -77,11 +77,11 @@ class BeforeBlock(Staged):
 
     site: ClassVar[str] = "before"
 
-    def reduce(self, block, x: Tensor, size: Tensor | None, keep: int) -> tuple[Tensor, Tensor | None, Tensor]:
+    def reduce(self, block, x: Tensor, size: Tensor | None, keep: int) -> tuple[Tensor, Tensor | None, Assign]:
         """x [B, N, C] to its prefix and `keep` patches: the new x, sizes and assign [B, N]."""
         raise NotImplementedError
 
-    def step(self, block, x: Tensor, size: Tensor | None, r: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def step(self, block, x: Tensor, size: Tensor | None, r: int) -> tuple[Tensor, Tensor | None, Assign | None]:
         assign = None
         if r != 0:
             x, size, assign = self.reduce(block, x, size, x.shape[1] - block.tokred_prefix - r)

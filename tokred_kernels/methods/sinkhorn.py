@@ -60,8 +60,9 @@ class Transport(nn.Module):
         wide = torch.promote_types(x.dtype, torch.float32)
         z = F.normalize(x.to(wide), dim=2, eps=1e-6)
         centres = F.normalize(self.v.to(wide), dim=1, eps=1e-6)
-        W = (centres @ z.mT / self.eps).to(wide).exp()
-        for _ in range(self.iterations):
-            W = W / W.sum(2, keepdim=True)
+        W = (centres @ z.mT / self.eps).to(wide).softmax(2)  # exp, and the first of the divisions
+        for iteration in range(self.iterations):
+            if iteration > 0:
+                W = W / W.sum(2, keepdim=True)
             W = W / W.sum(1, keepdim=True)
         return W @ z, W

@@ -100,7 +100,9 @@ class ReducedBlock(Block):
             x, assign = super().forward(x), None
         else:
             x, size, assign = self.tokred_method.step(self, x, size, 0 if r is None else r)
-        return (x, size, assign) if with_assign else (x, size)
+        if not with_assign:
+            return x, size
+        return x, size, assign() if callable(assign) else assign
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values [B, H, N, D], views of one projection."""

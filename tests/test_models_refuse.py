@@ -114,7 +114,7 @@ BAD_OPTIONS = {
     "unknown method": (dict(method="tomato", r=1), f"apply: unknown method 'tomato'; there is {', '.join(METHODS)}"),
     "unknown option": (
         dict(r=1, scores="cls"),
-        "apply: tome has no option 'scores'; it takes keep_rate, stages, rule, tokens, r, prop_attn",
+        "apply: tome has no option 'scores'; it takes keep_rate, stages, rule, tokens, r, prop_attn, metric",
     ),
     "no r": (dict(), "tome: give one of r=, keep_rate= and tokens="),
     "r and a rate": (dict(r=1, keep_rate=0.5), "tome: give one of r=, keep_rate= and tokens="),
@@ -208,6 +208,7 @@ BAD_OPTIONS = {
     "fuse": (dict(method="evit", keep_rate=0.5, fuse="sum", **S), "evit: fuse must be True or False, got 'sum'"),
     "normalize": (dict(method="evit", keep_rate=0.5, normalize=1, **S), "evit: normalize must be True or False, got 1"),
     "prop_attn": (dict(r=1, prop_attn="no"), "tome: prop_attn must be True or False, got 'no'"),
+    "metric": (dict(r=1, metric="cosine"), 'tome: metric must be "keys" or "projected", got \'cosine\''),
 }
 
 

@@ -106,23 +106,23 @@ class ReducedBlock(Block):
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values [B, H, N, D], views of one projection."""
-        q, k, v = self._heads(self.attn.qkv(self.norm1(x)))
+        q, k, v = self.split_heads(self.attn.qkv(self.norm1(x)))
         return self.attn.q_norm(q), self.attn.k_norm(k), v
 
     def project_queries_keys(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The first two of `project`, without the cost of the third."""
-        q, k = self._heads(self._part_of_qkv(x, slice(0, 2 * self.attn.attn_dim)))
+        q, k = self.split_heads(self._part_of_qkv(x, slice(0, 2 * self.attn.attn_dim)))
         return self.attn.q_norm(q), self.attn.k_norm(k)
 
     def project_values(self, x: Tensor) -> Tensor:
         """The third of `project` alone."""
-        return self._heads(self._part_of_qkv(x, slice(2 * self.attn.attn_dim, None)))[0]
+        return self.split_heads(self._part_of_qkv(x, slice(2 * self.attn.attn_dim, None)))[0]
 
     def _part_of_qkv(self, x: Tensor, rows: slice) -> Tensor:
         qkv = self.attn.qkv
         return F.linear(self.norm1(x), qkv.weight[rows], None if qkv.bias is None else qkv.bias[rows])
 
-    def _heads(self, y: Tensor) -> tuple[Tensor, ...]:
+    def split_heads(self, y: Tensor) -> tuple[Tensor, ...]:
         """[B, N, n H D] to n views [B, H, N, D]."""
         B, N, width = y.shape
         H, D = self.attn.num_heads, self.attn.head_dim

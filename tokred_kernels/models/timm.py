@@ -6,6 +6,7 @@ ordinary module. Sizes travel from block to block as values; nothing of a forwar
 
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from timm.layers import AttentionPoolLatent
 from timm.models import checkpoint
 from timm.models._features import feature_take_indices
@@ -119,6 +120,13 @@ class ReducedBlock(Block):
         return self.split_heads(self._part_of_qkv(x, slice(2 * self.attn.attn_dim, None)))[0]
 
     def _part_of_qkv(self, x: Tensor, rows: slice) -> Tensor:
+        """Its gradient normalises again: of two parts, the normalised tokens of both would be kept."""
+        if not torch.is_grad_enabled():
+            return self._normed_linear(x, rows)
+        again = torch.utils.checkpoint.checkpoint
+        return again(self._normed_linear, x, rows, use_reentrant=False, preserve_rng_state=False)
+
+    def _normed_linear(self, x: Tensor, rows: slice) -> Tensor:
         qkv = self.attn.qkv
         return F.linear(self.norm1(x), qkv.weight[rows], None if qkv.bias is None else qkv.bias[rows])
 

@@ -36,6 +36,7 @@ def parts() -> Parts:
         ("attention", 30, gpu_ops.attention),
         ("training", 40, m.training),
         ("mctf", 20, m.mctf),
+        ("projected metric", 20, m.projected),
         _compiled(m.DEIT_S, *m.TOME, 256),
         ("compiled steps", 60, gpu_ops.compiled_steps),
         ("noise free", 90, m.noise_free),

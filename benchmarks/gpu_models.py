@@ -3,7 +3,6 @@
 A part takes the device and returns figures, {goal: {case: value}}, and what else is worth keeping.
 """
 
-import copy
 from collections.abc import Callable
 
 import torch
@@ -11,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import tokred_kernels as tokred
 from tokred_kernels import schedule
 from tokred_kernels.cli import agreement, variants
 
@@ -151,15 +149,13 @@ def noise_free(gpu: Gpu) -> Part:
 
 def mctf(gpu: Gpu) -> Part:
     """G14: scores of this very block against those at hand, at the same counts."""
-    calls, counts = {}, {}
-    dense = gpu.create(DEIT_S)
-    batch = _batch(gpu, 256)
-    for name, ahead in (("exact", 1), ("cheap", 0)):
-        model = tokred.apply(copy.deepcopy(dense), "mctf", r=16, one_step_ahead=ahead)
-        counts[name] = variants.tokens(model, batch[:1])
-        calls[name] = _forward(model, batch)
-    t = {name: timing.median for name, timing in gpu.time(calls).items()}
-    return {"G14": {"B=256": 100 * (t["exact"] / t["cheap"] - 1)}}, {"mctf": {"seconds": t, "tokens": counts}}
+    t = _side_by_side(gpu, "mctf", exact={"r": 16, "one_step_ahead": 1}, cheap={"r": 16, "one_step_ahead": 0})
+    return {"G14": {"B=256": 100 * (t["exact"] / t["cheap"] - 1)}}, {"mctf": t}
+
+
+def projected(gpu: Gpu) -> Part:
+    """No goal: what ToMe gains where the qkv projection makes its metric."""
+    return {}, {"tome": _side_by_side(gpu, "tome", keys={"r": 13}, projected={"r": 13, "metric": "projected"})}
 
 
 class _Shapes(TorchDispatchMode):
@@ -186,6 +182,15 @@ def _variants(gpu: Gpu, name: str, method: str, options: dict, B: int) -> tuple[
     if not checked["passed"]:
         raise AssertionError(f"the results disagree: {checked}")
     return found, batch
+
+
+def _side_by_side(gpu: Gpu, method: str, **forms: dict) -> dict[str, float]:
+    """Seconds of a DeiT-S with options by name, B = 256."""
+    calls = {}
+    for name, options in forms.items():
+        found, batch = _variants(gpu, DEIT_S, method, options, 256)
+        calls[name] = _forward(found[method], batch)
+    return {name: timing.median for name, timing in gpu.time(calls).items()}
 
 
 def _batch(gpu: Gpu, B: int) -> Tensor:

@@ -159,7 +159,9 @@ class TestTiming:
 
         timings = interleave({name: call(name) for name in "abc"}, rounds=4)
         assert [len(timing.seconds) for timing in timings.values()] == [4, 4, 4]
-        rounds = ["".join(order[-12:][i : i + 3]) for i in range(0, 12, 3)]
+        pairs = order[-24:]  # of each candidate a call that is not timed, then one that is
+        assert pairs[::2] == pairs[1::2]
+        rounds = ["".join(pairs[i : i + 6 : 2]) for i in range(0, 24, 6)]
         assert all(sorted(names) == list("abc") for names in rounds) and len(set(rounds)) > 1
 
     def test_stops_after_the_time_with_three_rounds_at_least(self):

@@ -1,6 +1,7 @@
 """Which attention a patched block runs, and that every choice computes the same."""
 
 import itertools
+import sys
 from functools import partial
 
 import pytest
@@ -132,3 +133,28 @@ def test_attention_dropout_acts_in_training_only_and_through_sdpa(calls):
     calls.clear()
     model.train()(images())
     assert [(name, options["dropout_p"]) for name, _, options in calls] == [("sdpa", 0.25)] * 4
+
+
+@pytest.mark.parametrize("method, options", [("tome", {"r": 2}), ("evit", {"keep_rate": 0.7, "stages": (1,)})])
+def test_inference_does_not_run_pythons_autograd_layer(method, options):
+    """It is 2 to 3 % of DeiT-S at one image; with gradients on it has to run."""
+    model, entered = tokred.apply(tiny("deit"), method, **options).eval(), []
+
+    def watch(frame, event, _):
+        if event == "call" and frame.f_code.co_filename.endswith("torch/_library/autograd.py"):
+            entered.append(frame.f_code.co_name)
+
+    def forward():
+        entered.clear()
+        sys.setprofile(watch)
+        try:
+            return model(images())
+        finally:
+            sys.setprofile(None)
+
+    with torch.no_grad():
+        quick = forward()
+    assert not entered
+    logits = forward()
+    assert entered and logits.requires_grad
+    torch.testing.assert_close(logits.detach(), quick)

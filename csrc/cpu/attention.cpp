@@ -41,7 +41,7 @@ static Tensor run(const AttentionArgs& a, void* out) {
   const bool mean = a.scores == Scores::kMean, emits = a.scores != Scores::kNone;
   const int64_t parts = emits ? a.H * (mean ? batch.chunks : 1) : 0;
   Tensor scores = new_wide(a.q.t, {a.B, emits ? a.N : 0});
-  Tensor partial = new_wide(a.q.t, {a.B, parts, a.N});
+  Tensor partial = emits ? new_wide(a.q.t, {a.B, parts, a.N}) : scores;
   batch.partial = partial.mutable_data_ptr();
   const Isa& kernels = isa();
   if (a.B > 0)

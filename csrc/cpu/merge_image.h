@@ -6,7 +6,8 @@
 //
 // Floor at N = 197, M = 184, C = 384, float32: 303 KB read, 283 KB written; scratch 4 (N + M) bytes. Reached on a Xeon,
 // 1 thread: 174 us at B = 8, where copying x takes 164 us. add_merge_norm: 605 KB read, 565 KB written, where an
-// addition, merge and a LayerNorm read 1190 KB and write 868 KB.
+// addition, merge and a LayerNorm read 1190 KB and write 868 KB. Reached: 45 us at B = 1, those three take 78; 423 us
+// at B = 8, 75 % of the speed of copying, where they take 800.
 
 constexpr int32_t kNone = -1;
 

@@ -1,4 +1,5 @@
-"""Interleaved timing: every candidate once per round, so that a slow moment of the machine hits all of them alike.
+"""Interleaved timing: every candidate once per round, after a call that is not timed, so that a slow moment of the
+machine hits all of them alike.
 
 Quote ratios of `Timing.best` on a CPU, where other processes only ever add time, and of `Timing.median` on a GPU.
 """
@@ -58,7 +59,7 @@ def interleave(
     max_seconds: float = math.inf,
     on_round: Callable[[], object] = lambda: None,
 ) -> dict[str, Timing]:
-    """Times every candidate once per round, after warming it up.
+    """Times every candidate once per round, each time after a call of its own that is not timed.
 
     Args:
         candidates: what to time, by name; each call must do the same work.
@@ -81,8 +82,10 @@ def interleave(
     for i in range(rounds):
         if i >= 3 and time.perf_counter() - start > max_seconds:
             break
-        # In another order each time: a forward after one of the same shapes, in its caches, is 1 to 2 % faster.
+        # In another order each time: a forward after one of the same shapes, in its caches, is 1 to 2 % faster. The
+        # first forward after another model's is 1 to 2 % slower than the next ones, which are what repeated use is.
         for name in order.sample(names, len(names)):
+            candidates[name]()
             seconds[name].append(sample(candidates[name], repeats[name]))
         on_round()
     return {name: Timing(values) for name, values in seconds.items()}

@@ -19,9 +19,9 @@ class Method:
     own module in this block, or None; `project(x)`, its queries, keys and values [B, H, N, D], also in two parts,
     `project_queries_keys(x)` and `project_values(x)`, and `split_heads(y)` of a product; `attend(q, k, v, size,
     scores)`, its attention branch and the scores [B, N], also in two parts, `heads`, what the heads give [B, H, N, D],
-    and `branch(y)`, that branch of it; `feed_forward(x)`, its MLP branch. Residuals are the method's to add, but for
-    `merge_and_feed` and `select_and_feed`: all that follows the attention branch where tokens merge or are selected, in
-    as few kernels as there are.
+    and `branch(y)`, that branch of it; `feed_forward(x)`, its MLP branch, `feed_normed(norm2(x))` the same. Residuals
+    are the method's to add, but for that of the attention in `merge_and_norm` and `select_and_norm`: all that lies
+    between the branches where tokens merge or are selected, in as few kernels as there are.
     """
 
     sized: ClassVar[bool] = False  # its tokens have sizes: attention counts them, averages weigh them

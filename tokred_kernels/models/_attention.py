@@ -6,6 +6,7 @@ from torch import Tensor
 
 from .. import _check
 from .._backend import ATTENTION
+from ._inference import without_autograd
 from ._size import key_mask
 
 
@@ -34,7 +35,8 @@ def attend(
     fits = q.shape[-1] % 8 == 0 and q.shape[-1] <= _check.MAX_WIDTH and dropout == 0
     trains = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)  # attention_scores has no gradient
     if (ours or (scored and trains)) and fits:
-        out, emitted = torch.ops.tokred.attention(q, k, v, size, scale=scale, scores=scores)
+        with without_autograd():
+            out, emitted = torch.ops.tokred.attention(q, k, v, size, scale=scale, scores=scores)
     else:
         mask = None if size is None else key_mask(size, q.dtype)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)

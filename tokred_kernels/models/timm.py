@@ -18,6 +18,7 @@ from .. import methods
 from ..ops import unmerge
 from ..trace import compose
 from ._attention import attend
+from ._inference import without_autograd
 from ._norm import fuses_norm
 from ._refuse import check_model
 from ._size import key_mask, weighted_mean
@@ -161,33 +162,32 @@ class ReducedBlock(Block):
         return self.feed_normed(self.norm2(x))
 
     def feed_normed(self, y: Tensor) -> Tensor:
+        """That of what norm2 gave."""
         return self.drop_path2(self.ls2(self.mlp(y)))
 
-    def merge_and_feed(
+    def merge_and_norm(
         self, x: Tensor, branch: Tensor, assign: Tensor, m: int, size: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """What follows the attention branch [B, N, C] of x where tokens merge: the new x [B, m, C] and its sizes."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """From the attention branch [B, N, C] of x to the MLP, where tokens merge: x [B, m, C], its sizes, norm2(x)."""
         norm = self.norm2
-        if fuses_norm(norm, x, branch):
-            x, size, y = torch.ops.tokred.add_merge_norm(
-                x, branch, assign, m, norm.weight, norm.bias, size, eps=norm.eps
-            )
-        else:
+        if not fuses_norm(norm, x, branch):
             x, size = torch.ops.tokred.merge(x + branch, assign, m, size)
-            y = norm(x)
-        return x + self.feed_normed(y), size
+            return x, size, norm(x)
+        with without_autograd():
+            return torch.ops.tokred.add_merge_norm(x, branch, assign, m, norm.weight, norm.bias, size, eps=norm.eps)
 
-    def select_and_feed(self, x: Tensor, branch: Tensor, score: Tensor, k: int, fuse: str) -> tuple[Tensor, Tensor]:
-        """What follows it where the k patches with the best scores [B, N] stay: the new x [B, M, C] and assign."""
+    def select_and_norm(
+        self, x: Tensor, branch: Tensor, score: Tensor, k: int, fuse: str
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The same where the k patches with the best scores [B, N] stay: x [B, M, C], assign [B, N], norm2(x)."""
         norm, prefix = self.norm2, self.tokred_prefix
-        if fuses_norm(norm, x, branch):
-            x, assign, y = torch.ops.tokred.add_topk_gather_norm(
+        if not fuses_norm(norm, x, branch):
+            x, assign = torch.ops.tokred.topk_gather(x + branch, score, k, prefix, fuse=fuse)
+            return x, assign, norm(x)
+        with without_autograd():
+            return torch.ops.tokred.add_topk_gather_norm(
                 x, branch, score, k, norm.weight, norm.bias, prefix, fuse=fuse, eps=norm.eps
             )
-        else:
-            x, assign = torch.ops.tokred.topk_gather(x + branch, score, k, prefix, fuse=fuse)
-            y = norm(x)
-        return x + self.feed_normed(y), assign
 
 
 class _Reduced:

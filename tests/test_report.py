@@ -124,6 +124,29 @@ class TestSummary:
         assert (datasets["a"], datasets["b"], datasets["emd"], datasets["sim"]) == ("birds", "cars", 0, 1)
         assert "cka" not in datasets
 
+    def test_block_by_block(self, tmp_path):
+        """Both keep the same in block 1 and have the same class tokens there; in block 2 they part."""
+        both, first = [1, 2, 3, 4, -1, -1], RNG.standard_normal((40, 5))
+        fused = [1, 2, 3, 4, -7, -7]
+        after = {"topk": (both, [1, 2, -1, -1, -1, -1]), "evit": (fused, [1, -5, 2, -5, -5, -5]), "dense": ()}
+        records = []
+        for method, patterns in after.items():
+            rate = None if method == "dense" else 0.5
+            h = dataclasses.replace(
+                HEADER, method=method, keep_rate=rate, blocks=(1, 2)[: len(patterns)], feature_blocks=(1, 3)
+            )
+            pattern = np.broadcast_to(np.reshape(patterns, (1, -1, 6)), (40, len(patterns), 6))
+            feature = np.stack([first, RNG.standard_normal((40, 5))], 1)
+            part = (IMAGES, np.full(40, -1), np.zeros(40, int), pattern, feature)
+            records.append(analysis.Record(write(tmp_path / method, part, header=h)))
+        (found,) = of(records)
+        early, late = summary.across_blocks(found)
+        assert [early[key] for key in ("a", "b", "block", "keep_rate", "iou")] == ["topk", "evit", 1, 0.5, 1]
+        assert early["cka"] == pytest.approx(1) and early["procrustes"] == pytest.approx(0, abs=1e-9)
+        assert (late["block"], late["iou"], late["ioa"]) == (3, pytest.approx(1 / 3), 1 / 2)
+        a, b = (s.record.feature(3) for s in found.reduced)
+        assert late["cka"] == pytest.approx(analysis.linear_cka(a, b)) and "pearson" not in late
+
     def test_proxies(self, tmp_path):
         """The more a method keeps of what Top-K keeps, the closer its accuracy, here."""
         sets = {"topk": [1, 2, 3, -1, -1, -1], "evit": [1, 2, -1, 3, -1, -1], "dpcknn": [1, -1, -1, 2, 3, -1]}

@@ -22,6 +22,7 @@ COLUMNS: dict[str, tuple[str, int, str]] = {
     "keep_rate": ("keep rate", 2, "share of the patches kept in each of three stages"),
     "keep_rate_a": ("keep rate A", 2, ""),
     "keep_rate_b": ("keep rate B", 2, ""),
+    "block": ("after block", 0, "from 0"),
     "a": ("A", 0, ""),
     "b": ("B", 0, ""),
     "reference": ("reference", 0, "the method that the others are compared with"),
@@ -170,6 +171,12 @@ def _group(group: Group) -> Iterator[Callable[[Path], Table | Shown]]:
         "All measures at equal keep rate, after the last block. Empty: the measure does not suit both. A column is "
         "missing if it suits no pair, such as CCA, which needs more images than class tokens have dimensions.",
         compared,
+    )
+    yield _table(
+        f"{prefix}.blocks",
+        "Block by block",
+        f"{' and '.join(summary.REFERENCES)} against the others, after each block whose class token was recorded.",
+        summary.across_blocks(group),
     )
     rates = summary.across_rates(group)
     for measure, title, text in OVER_RATES if rates else ():

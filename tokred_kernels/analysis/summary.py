@@ -1,7 +1,8 @@
 """Records compared: a row for each setting and each pair of settings, as the report and its CSV files have them.
 
-Patterns are those after the last block. A pair has the measures that suit both: IoU where both drop or fuse patches,
-clusters where neither drops any, features where both recorded the class token; the others are NaN.
+Patterns are those after the last block, but for `across_blocks`. A pair has the measures that suit both: IoU where
+both drop or fuse patches, clusters where neither drops any, features where both recorded the class token; the others
+are NaN.
 """
 
 import itertools
@@ -31,30 +32,35 @@ MAPS: dict[str, Callable] = {
     "emd": maps.emd,
     "sim": maps.sim,
 }
-MEASURES = ("iou", "ioa", "homogeneity", "completeness", "v_measure", *FEATURES, *MAPS)
+OF_BLOCK = ("iou", "ioa", "homogeneity", "completeness", "v_measure", *FEATURES)
+MEASURES = (*OF_BLOCK, *MAPS)
 
 
 class Setting:
-    """A record, and what comparisons need of it, read once."""
+    """A record, and what comparisons need of it, read once: after a block, or after the last."""
 
-    def __init__(self, record: Record) -> None:
+    def __init__(self, record: Record, block: int | None = None) -> None:
         if len(record) == 0:
             raise ValueError(f"{record.path} holds no image")
         self.record, self.header = record, record.header
+        self.block = record.header.depth - 1 if block is None else block
 
     @property
     def method(self) -> str:
         return self.header.method
 
+    def after(self, block: int) -> "Setting":
+        return Setting(self.record, block)
+
     def patterns(self) -> Iterator[np.ndarray]:
-        """[n, P] after the last block, some images at a time."""
-        found = self.record.pattern(self.header.depth - 1)
+        """[n, P] after the block, some images at a time."""
+        found = self.record.pattern(self.block)
         for start in range(0, len(found), _IMAGES):
             yield found[start : start + _IMAGES]
 
     @cached_property
     def packed(self) -> np.ndarray:
-        """[n, W]: the kept sets after the last block, see `pack`."""
+        """[n, W]: the kept sets after the block, see `pack`."""
         return np.concatenate([sets.pack(kept(pattern)) for pattern in self.patterns()])
 
     @cached_property
@@ -82,8 +88,8 @@ class Setting:
 
     @cached_property
     def feature(self) -> features.Centred | None:
-        """The class tokens after the last block that was recorded; None if they cannot be compared."""
-        blocks = self.header.feature_blocks
+        """The class tokens after the block, or the last before it that has them; None if they cannot be compared."""
+        blocks = [block for block in self.header.feature_blocks if block <= self.block]
         try:
             return features.Centred(self.record.feature(max(blocks))) if blocks else None
         except ValueError:  # one image, or the same class token for all
@@ -152,13 +158,19 @@ def groups(records: Sequence[Record], methods: Sequence[str]) -> list[Group]:
 
 def compare(a: Setting, b: Setting) -> dict[str, float]:
     """Every measure of MEASURES for settings of the same images; NaN where it does not suit both."""
-    row = dict.fromkeys(MEASURES, math.nan)
+    row = {**dict.fromkeys(MEASURES, math.nan), **_compare_now(a, b)}
+    if DENSE not in (a.method, b.method):
+        row.update(compare_maps(a, b))
+    return row
+
+
+def _compare_now(a: Setting, b: Setting) -> dict[str, float]:
+    """The measures that there are of one block."""
+    row = dict.fromkeys(OF_BLOCK, math.nan)
     if a.selects and b.selects:
         row.update(_kept_sets(a, b))
-    if DENSE not in (a.method, b.method):
-        if not a.drops and not b.drops:
-            row.update(_clusterings(a, b))
-        row.update(compare_maps(a, b))
+    if DENSE not in (a.method, b.method) and not a.drops and not b.drops:
+        row.update(_clusterings(a, b))
     if a.feature is not None and b.feature is not None:
         row.update(_features(a.feature, b.feature))
     return row
@@ -176,6 +188,20 @@ def pairs(group: Group) -> list[dict]:
         for rate in group.rates
         for a, b in itertools.combinations([group.dense, *group.at(rate)], 2)
     ]
+
+
+def across_blocks(group: Group) -> list[dict]:
+    """A reference and another method at the same keep rate, after each block that has the class token recorded."""
+    rows = []
+    for rate, block in itertools.product(group.rates, group.dense.header.feature_blocks):
+        at = {setting.method: setting.after(block) for setting in group.at(rate)}
+        for reference in (at[name] for name in REFERENCES if name in at):
+            for method, setting in at.items():
+                # Two references are a pair once.
+                if method != reference.method and (method not in REFERENCES or reference.method == REFERENCES[0]):
+                    row = {"keep_rate": rate, "a": reference.method, "b": method, "block": block}
+                    rows.append({**row, **_compare_now(reference, setting)})
+    return sorted(rows, key=lambda row: (-row["keep_rate"], row["a"], row["b"], row["block"]))
 
 
 def across_rates(group: Group) -> list[dict]:

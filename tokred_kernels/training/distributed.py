@@ -79,17 +79,22 @@ def wrap(objective: nn.Module, world: World, fsdp: bool) -> nn.Module:
 
     With `fsdp` the objective itself, its weights sharded in place, block by block; call it, not the model within.
     """
-    if fsdp:
-        from torch.distributed.fsdp import fully_shard
-
-        for block in objective.model.blocks:
-            fully_shard(block)
-        return fully_shard(objective)
     if world.size == 1:
         return objective
+    if fsdp:
+        return shard(objective, objective.model.blocks)
     return nn.parallel.DistributedDataParallel(
         objective, device_ids=[world.device.index] if world.device.type == "cuda" else None
     )
+
+
+def shard(module: nn.Module, blocks: nn.ModuleList) -> nn.Module:
+    """Spreads the weights of a module over the processes, in place: of each of its blocks, then of the rest."""
+    from torch.distributed.fsdp import fully_shard
+
+    for block in blocks:
+        fully_shard(block)
+    return fully_shard(module)
 
 
 def synchronise(wrapped: nn.Module, yes: bool) -> AbstractContextManager:

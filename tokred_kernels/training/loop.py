@@ -54,6 +54,9 @@ class Training:
         if settings.compile:
             self.objective.compile()
         self.wrapped = distributed.wrap(self.objective, world, settings.fsdp)
+        self.sharded = settings.fsdp and world.size > 1
+        if self.average is not None and self.sharded:
+            distributed.shard(self.average.module, self.average.module.blocks)
         self.optimizer = build.optimiser(settings, self.model)
         self.schedule = build.schedule(settings, self.optimizer, self.updates)
         self.measure = "mAP" if held.multi_label else "top1"
@@ -154,12 +157,15 @@ class Training:
             "strict": settings.strict_images,
             "watch": self.watch,
         }
-        predict = self.wrapped if settings.fsdp else None
         self.objective.eval()
+        # Weights that are spread are gathered by the module that spread them, on all processes at once.
+        predict = self.wrapped if self.sharded else None
         found = evaluate(self.model, self.held_out, self.world, predict=predict, **options)
         row = {name: found[name] for name in ("top1", "top5", "mAP") if name in found}
         if self.average is not None:
-            averaged = evaluate(self.average.module, self.held_out, self.world, **options)
+            model = self.average.module
+            predict = model if self.sharded else None
+            averaged = evaluate(model, self.held_out, self.world, predict=predict, **options)
             row[f"ema_{self.measure}"] = averaged[self.measure]
         return row
 
@@ -168,13 +174,14 @@ class Training:
 
     def _save(self, folder: Path, best: bool) -> None:
         weights, optimizer = dcp.get_state_dict(self.objective, self.optimizer, options=_FULL)
+        averaged = None if self.average is None else dcp.get_model_state_dict(self.average.module, options=_FULL)
         self.world.wait()
         if not self.world.first:
             return
         state = {
             "model": _under("model.", weights),
             "teacher": _under("teacher.", weights),
-            "ema": None if self.average is None else self.average.module.state_dict(),
+            "ema": averaged,
             "optimizer": optimizer,
             "settings": {
                 k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self.settings).items()
@@ -203,15 +210,16 @@ class Training:
             raise BadInput(f"{last} and --ema disagree on whether there is an average of the weights")
         weights = {f"model.{name}": t for name, t in state["model"].items()}
         weights |= {f"teacher.{name}": t for name, t in state["teacher"].items()}
+        options = dcp.StateDictOptions(full_state_dict=True)
         dcp.set_state_dict(
             self.objective,
             self.optimizer,
             model_state_dict=weights,
             optim_state_dict=state["optimizer"],
-            options=dcp.StateDictOptions(full_state_dict=True),
+            options=options,
         )
         if self.average is not None:
-            self.average.module.load_state_dict(state["ema"])
+            dcp.set_model_state_dict(self.average.module, state["ema"], options=options)
         self.rows = state["rows"]
 
 

@@ -83,8 +83,6 @@ class Settings:
             raise BadInput("train: a keep rate that changes and --compile do not go together: every rate is a graph")
         if self.compile and self.exit_at == "post_attn":
             raise BadInput("train: exits at post_attn need hooks, which --compile does not see")
-        if self.fsdp and (self.ema or self.compile):
-            raise BadInput("train: --fsdp goes with neither --ema nor --compile")
         if self.init and self.pretrained:
             raise BadInput("train: give either --init or --pretrained")
         if self.exits and self.method != "metr":

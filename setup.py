@@ -41,10 +41,9 @@ def extensions():
         print(f"tokred_kernels: CUDA kernels built with {home}/bin/nvcc", flush=True)
     from torch.utils import cpp_extension
 
-    common = ["-O3", "-std=c++17", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
     host = ["-g0", "-fvisibility=hidden", f"-ffile-prefix-map={ROOT}=."]
 
-    def extension(name, sources, libraries, define=(), **kwargs):
+    def extension(name, sources, libraries, cxx, **kwargs):
         return Extension(
             f"tokred_kernels.{name}",
             sorted(sources),
@@ -52,8 +51,8 @@ def extensions():
             library_dirs=cpp_extension.library_paths("cuda" if name == "_cuda" else "cpu"),
             libraries=libraries,
             extra_compile_args={
-                "cxx": [*common, *host, *define],
-                "nvcc": [*common, *define, "--compress-mode=size", "--expt-relaxed-constexpr"]
+                "cxx": [*cxx, "-std=c++17", "-DTORCH_TARGET_VERSION=0x020a000000000000", *host],
+                "nvcc": ["-O3", "-std=c++17", "--compress-mode=size", "--expt-relaxed-constexpr"]
                 + gencode(os.environ.get("TORCH_CUDA_ARCH_LIST", ""))
                 + [f"-Xcompiler={flag}" for flag in host],
             },
@@ -63,10 +62,11 @@ def extensions():
             **kwargs,
         )
 
-    built = [extension("_C", ["csrc/ops.cpp", *glob.glob("csrc/cpu/*.cpp")], ["torch", "torch_cpu"])]
-    if not reason and glob.glob("csrc/cuda/*.cu"):
+    built = [extension("_C", ["csrc/ops.cpp", *glob.glob("csrc/cpu/*.cpp")], ["torch", "torch_cpu"], ["-O3"])]
+    if not reason:
+        sources = glob.glob("csrc/cuda/*.cu") + glob.glob("csrc/cuda/*.cpp")
         libraries = ["torch", "torch_cpu", "torch_cuda", "cudart_static", "rt", "dl"]
-        built.append(extension("_cuda", glob.glob("csrc/cuda/*.cu"), libraries, ["-DUSE_CUDA"]))
+        built.append(extension("_cuda", sources, libraries, ["-Os", "-DUSE_CUDA"]))  # no kernel is C++
     return built, {"build_ext": cpp_extension.BuildExtension}
 
 

@@ -17,13 +17,18 @@ def cuda_home() -> str | None:
     return next((h for h in homes if h and Path(h, "bin/nvcc").exists() and Path(h, "include").is_dir()), None)
 
 
+def nvcc_version(home: str) -> str:
+    text = subprocess.check_output([f"{home}/bin/nvcc", "--version"], text=True)
+    return re.search(r"release ([0-9.]+)", text)[1]
+
+
 def why_no_cuda(torch, home: str | None) -> str | None:
     """Why the CUDA kernels cannot be built here, or None."""
     if torch.version.cuda is None:
         return f"torch {torch.__version__} has no CUDA"
     if home is None:
         return "no nvcc on PATH, in CUDA_HOME or /usr/local/cuda*"
-    version = re.search(r"release (\d+)", subprocess.check_output([f"{home}/bin/nvcc", "--version"], text=True))[1]
+    version = nvcc_version(home).split(".")[0]
     if version != torch.version.cuda.split(".")[0]:
         return f"nvcc is {version}.x but torch was built for CUDA {torch.version.cuda}"
     return None
@@ -32,8 +37,8 @@ def why_no_cuda(torch, home: str | None) -> str | None:
 def gencode(architectures: str) -> list[str]:
     """nvcc's options for TORCH_CUDA_ARCH_LIST; none where it holds names, which torch knows.
 
-    Intermediate code is made for 8.0 and for 9.0 alone, and serves all later ones: what comes before ptxas is half of
-    the compile time.
+    Intermediate code is made for 8.0 alone and serves all later ones: no kernel uses what came after it, the machine
+    code is as good, and what comes before ptxas is half of the compile time.
     """
     entries = architectures.replace(";", " ").split()
     if not all(re.fullmatch(r"\d+\.\d(\+PTX)?", entry) for entry in entries):
@@ -41,7 +46,7 @@ def gencode(architectures: str) -> list[str]:
     codes: dict[int, list[str]] = {}
     for entry in entries:
         real = int(entry.removesuffix("+PTX").replace(".", ""))
-        virtual = next((v for v in (90, 80) if v <= real), real)
+        virtual = min(real, 80)
         codes.setdefault(virtual, []).append(f"sm_{real}")
         if entry.endswith("+PTX"):
             codes[virtual].append(f"compute_{virtual}")

@@ -1,4 +1,4 @@
-"""The machine code of every CUDA kernel, compiled for GPUs that are not here: spills, registers, instructions."""
+"""The machine code of every CUDA kernel of the wheel, for GPUs that are not here: spills, registers, instructions."""
 
 import re
 
@@ -9,65 +9,65 @@ from benchmarks.static.machine_code import ARCHS, count
 
 REGISTERS = 65536  # of a multiprocessor
 
-# (file, kernel): threads, blocks a multiprocessor must hold by registers, instructions it must contain.
+# kernel: threads, blocks a multiprocessor must hold by registers, instructions it must contain.
 EXPECTED = {
-    **{("match", f"match_kernel<{t}>"): (256, 2, {"FFMA": 4 * t * t, "LDS.128": 2 * t}) for t in (4, 5, 6, 7)},
-    **{("match", f"edge_kernel<{t},{deep}>"): (256, 2, {"FFMA": 4 * t * t, "LDS.128": 2 * t, "STG.E.64": t})
+    **{f"match_kernel<{t}>": (256, 2, {"FFMA": 4 * t * t, "LDS.128": 2 * t}) for t in (4, 5, 6, 7)},
+    **{f"edge_kernel<{t},{deep}>": (256, 2, {"FFMA": 4 * t * t, "LDS.128": 2 * t, "STG.E.64": t})
        for t, deep in ((5, "false"), (4, "true"))},
-    ("match", "unit_kernel"): (256, 4, {"LDG.E.128": 4, "STG.E.128": 2}),
-    ("match", "select_kernel"): (1024, 2, {"SHFL": 10, "VOTE": 1}),
-    ("match", "follow_kernel"): (256, 8, {"LDG.E.64": 2, "STS.64": 1}),
-    **{("merge", f"merge_kernel<{t},{16 // s}>"): (256, 4, {"LDG.E.128": 8, "STG.E.128": 5})
+    "unit_kernel": (256, 4, {"LDG.E.128": 4, "STG.E.128": 2}),
+    "select_kernel": (1024, 2, {"SHFL": 10, "VOTE": 1}),
+    "follow_kernel": (256, 8, {"LDG.E.64": 2, "STS.64": 1}),
+    **{f"merge_kernel<{t},{16 // s}>": (256, 4, {"LDG.E.128": 8, "STG.E.128": 5})
        for t, s in (("float", 4), ("half", 2), ("bfloat16", 2))},
-    **{("merge", f"merge_kernel<{t},1>"): (256, 4, {"VOTE": 8}) for t in ("float", "half", "bfloat16")},
-    ("unmerge", "unmerge_kernel<uint4>"): (256, 8, {"LDG.E.128": 4, "STG.E.128": 4}),
-    ("unmerge", "unmerge_kernel<uint32>"): (256, 8, {"LDG.E": 8, "STG.E": 4}),
-    ("unmerge", "unmerge_kernel<uint16>"): (256, 8, {"LDG.E.U16": 4, "STG.E.U16": 4}),
-    ("topk", "topk_kernel"): (1024, 2, {"SHFL": 10, "VOTE": 2}),
-    **{("topk_gather", f"topk_gather_kernel<{t},{16 // s}>"):
+    **{f"merge_kernel<{t},1>": (256, 4, {"VOTE": 8}) for t in ("float", "half", "bfloat16")},
+    "unmerge_kernel<uint4>": (256, 8, {"LDG.E.128": 4, "STG.E.128": 4}),
+    "unmerge_kernel<uint32>": (256, 8, {"LDG.E": 8, "STG.E": 4}),
+    "unmerge_kernel<uint16>": (256, 8, {"LDG.E.U16": 4, "STG.E.U16": 4}),
+    "topk_kernel": (1024, 2, {"SHFL": 10, "VOTE": 2}),
+    **{f"topk_gather_kernel<{t},{16 // s}>":
        (256, 4, {"LDG.E.128": 4, "STG.E.128": 4, "FFMA": 32 // s, "VOTE": 8})
        for t, s in (("float", 4), ("half", 2), ("bfloat16", 2))},
-    **{("topk_gather", f"topk_gather_kernel<{t},1>"): (256, 4, {"VOTE": 8}) for t in ("float", "half", "bfloat16")},
-    **{(op, f"{op}_kernel<{t},{16 // s}>"): (256, 3, {"LDG.E.128": 4, "STG.E.128": 2, "LDS.128": 2, "MUFU": 2})
+    **{f"topk_gather_kernel<{t},1>": (256, 4, {"VOTE": 8}) for t in ("float", "half", "bfloat16")},
+    **{f"{op}_kernel<{t},{16 // s}>": (256, 3, {"LDG.E.128": 4, "STG.E.128": 2, "LDS.128": 2, "MUFU": 2})
        for op in ("add_merge_norm", "add_topk_gather_norm") for t, s in (("float", 4), ("half", 2), ("bfloat16", 2))},
-    **{(op, f"{op}_kernel<{t},1>"): (256, 3, {"VOTE": 8, "SHFL": 10})
+    **{f"{op}_kernel<{t},1>": (256, 3, {"VOTE": 8, "SHFL": 10})
        for op in ("add_merge_norm", "add_topk_gather_norm") for t in ("float", "half", "bfloat16")},
     # attention_kernel<*, width, key tiles, resident, mean>: a tensor core product is 16 rows, 8 columns and 16 deep.
-    **{("attention", f"attention_kernel<{t},{w},{n},{r},{m}>"): (128, b, {"HMMA": n * w // 4, "LDSM": n * w // 8})
+    **{f"attention_kernel<{t},{w},{n},{r},{m}>": (128, b, {"HMMA": n * w // 4, "LDSM": n * w // 8})
        for t in ("half", "bfloat16")
        for w, n, r, m, b in ((64, 7, "true", "false", 4), (64, 7, "true", "true", 3), (64, 13, "true", "false", 3),
                              (64, 13, "true", "true", 2), (64, 16, "true", "false", 2), (32, 4, "false", "false", 4),
                              (64, 4, "false", "false", 4), (80, 4, "false", "false", 3), (96, 4, "false", "false", 3),
                              (128, 4, "false", "false", 2))},
-    **{("attention", f"attention_kernel<float,{w},2,false,false>"): (128, b, {"FFMA": 2 * 8 * w, "LDS.128": 12})
+    **{f"attention_kernel<float,{w},2,false,false>": (128, b, {"FFMA": 2 * 8 * w, "LDS.128": 12})
        for w, b in ((32, 4), (64, 3), (80, 3), (96, 3), (128, 2))},
-    **{("attention", f"column_kernel<{t},{w}>"): (128, 4, {"HMMA": w // 2, "LDSM": w // 4 + w // 16})
+    **{f"column_kernel<{t},{w}>": (128, 4, {"HMMA": w // 2, "LDSM": w // 4 + w // 16})
        for t in ("half", "bfloat16") for w in (64, 128)},
-    **{("attention", f"column_kernel<float,{w}>"): (128, 4, {"FFMA": 128, "LDS.128": 12})
+    **{f"column_kernel<float,{w}>": (128, 4, {"FFMA": 128, "LDS.128": 12})
        for w in (64, 128)},
-    **{("attention", f"cls_kernel<{t}>"): (256, 2, {"FFMA": 64, "LDG.E.128": 8})
+    **{f"cls_kernel<{t}>": (256, 2, {"FFMA": 64, "LDG.E.128": 8})
        for t in ("float", "half", "bfloat16")},
-    ("attention", "head_mean_kernel"): (256, 8, {"STG": 1}),
+    "head_mean_kernel": (256, 8, {"STG": 1}),
 }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def kernels():
-    """{(file, kernel, arch): {"REG": ..., "STACK": ..., "SHARED": ..., "code": Counter of instructions}}."""
+    """{(kernel, arch): {"REG": ..., "STACK": ..., "SHARED": ..., "code": Counter of instructions}}."""
     if reason := machine_code.missing():
         pytest.skip(reason)
-    return machine_code.kernels(sorted({file for file, _ in EXPECTED}))
+    return machine_code.kernels()
 
 
 def test_no_kernel_is_missing_or_unknown(kernels):
-    assert set(kernels) == {(*key, arch) for key in EXPECTED for arch in ARCHS}
+    assert set(kernels) == {(kernel, arch) for kernel in EXPECTED for arch in ARCHS}
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("file, kernel", EXPECTED, ids=lambda x: x)
-def test_machine_code(kernels, file, kernel, arch):
-    facts = kernels[file, kernel, arch]
-    threads, blocks, expected = EXPECTED[file, kernel]
+@pytest.mark.parametrize("kernel", EXPECTED)
+def test_machine_code(kernels, kernel, arch):
+    facts = kernels[kernel, arch]
+    threads, blocks, expected = EXPECTED[kernel]
     code = facts["code"]
     assert facts["STACK"] == 0
     assert count(code, "LDL") == count(code, "STL") == 0, "spills"

@@ -1,6 +1,5 @@
 """The wheel: one build for every torch >= 2.10 and Python >= 3.10, checked by the auditors and under a second torch."""
 
-import hashlib
 import os
 import re
 import subprocess
@@ -12,8 +11,8 @@ import pytest
 import torch
 
 import tokred_kernels as tokred
+from benchmarks.wheel import ROOT, built
 
-ROOT = Path(__file__).resolve().parent.parent
 OTHER_TORCH = "2.13.0+cpu"
 SMOKE = """
 import sys, types, torch
@@ -36,17 +35,7 @@ def run(*command, **kwargs) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="module")
 def wheel() -> Path:
-    """Built by pip as a user would, once for each state of the sources."""
-    sources = [ROOT / "setup.py", ROOT / "pyproject.toml", *sorted(ROOT.glob("csrc/**/*.*"))]
-    sources += sorted(ROOT.glob("build_backend/*.py"))
-    sources += sorted(ROOT.glob("tokred_kernels/**/*.py"))
-    digest = hashlib.sha256(b"".join(s.read_bytes() for s in sources) + torch.__version__.encode()).hexdigest()[:16]
-    folder = ROOT / ".cache" / "wheel" / digest
-    if not list(folder.glob("*.whl")):
-        built = run(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", folder, ROOT)
-        assert built.returncode == 0, built.stderr[-3000:]
-    (found,) = folder.glob("*.whl")
-    return found
+    return built()
 
 
 def test_tag_and_size(wheel):
@@ -129,12 +118,12 @@ print(setup_under_test.why_no_cuda(torch, None))
     ], shown.stderr
 
 
-def test_intermediate_code_for_two_generations(monkeypatch):
+def test_intermediate_code_for_one_generation(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "build_backend")
     import toolkit
 
-    two = ["-gencode=arch=compute_80,code=[sm_80]", "-gencode=arch=compute_90,code=[sm_90,sm_100,sm_120,compute_90]"]
-    assert toolkit.gencode("8.0;9.0;10.0;12.0+PTX") == two
+    one = ["-gencode=arch=compute_80,code=[sm_80,sm_90,sm_100,sm_120,compute_80]"]
+    assert toolkit.gencode("8.0;9.0;10.0;12.0+PTX") == one
     assert toolkit.gencode("7.5 8.6+PTX")[1] == "-gencode=arch=compute_80,code=[sm_86,compute_80]"
     assert toolkit.gencode("Ampere") == toolkit.gencode("") == []  # torch's to choose
 

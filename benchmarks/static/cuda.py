@@ -7,14 +7,14 @@ from collections.abc import Iterator
 
 import torch
 
+from benchmarks.wheel import ROOT
+
 from . import machine_code
 from .calls import SHAPES, Call, calls
 from .gpus import Gpu
 from .rows import Launch
 
-sys.path.insert(0, str(machine_code.ROOT / "tests"))  # the emulator
-
-FILES = sorted(path.stem for path in (machine_code.ROOT / "csrc/cuda").glob("*.cu"))
+sys.path.insert(0, str(ROOT / "tests"))  # the emulator
 
 
 def all_calls() -> Iterator[Call]:
@@ -29,7 +29,7 @@ def is_counted(call: Call) -> bool:
 
 @functools.cache
 def _resources() -> dict[tuple[str, str], dict]:
-    return {(kernel, arch): facts for (_, kernel, arch), facts in machine_code.kernels(FILES).items()}
+    return machine_code.kernels()
 
 
 def count(op: str, *args, **kwargs) -> int:

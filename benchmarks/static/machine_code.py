@@ -1,20 +1,21 @@
-"""The machine code of the CUDA C++ kernels, compiled for GPUs that are not here."""
+"""The machine code of the CUDA C++ kernels for GPUs that are not here: that of the wheel."""
 
 import collections
-import fcntl
 import glob
-import hashlib
+import json
 import os
 import re
 import shutil
 import subprocess
+import tempfile
+import zipfile
 from pathlib import Path
 
 import torch
-from torch.utils import cpp_extension
 
-ROOT = Path(__file__).resolve().parents[2]
-CACHE = ROOT / ".cache/cuda_static"
+from benchmarks import wheel
+from benchmarks.wheel import toolkit
+
 ARCHS = ("sm_80", "sm_90", "sm_100")
 _ELEMENTS = {
     "f": "float",
@@ -26,69 +27,60 @@ _ELEMENTS = {
 }
 
 
-def _find(tool: str, *places: str) -> str | None:
-    found = [p for place in places for p in sorted(glob.glob(f"{place}/{tool}"), reverse=True)]
-    return found[0] if found else shutil.which(tool)
-
-
 def _tools() -> dict[str, str | None]:
-    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-    places = [f"{home}/bin", "/usr/local/cuda*/bin"]
+    places = [f"{toolkit.cuda_home()}/bin", "/usr/local/cuda*/bin"]
     try:
         import triton.backends.nvidia as nvidia
 
         places.append(str(Path(nvidia.__file__).parent / "bin"))
     except ImportError:
         pass
-    return {tool: _find(tool, *places) for tool in ("nvcc", "cuobjdump", "nvdisasm")}
+
+    def find(tool: str) -> str | None:
+        found = [p for place in places for p in sorted(glob.glob(f"{place}/{tool}"), reverse=True)]
+        return found[0] if found else shutil.which(tool)
+
+    return {tool: find(tool) for tool in ("cuobjdump", "nvdisasm")}
 
 
 def missing() -> str | None:
-    """Why nothing can be compiled here, or None."""
+    """Why nothing can be compiled or read here, or None."""
+    if reason := toolkit.why_no_cuda(torch, toolkit.cuda_home()):
+        return reason
     if absent := [tool for tool, path in _tools().items() if path is None]:
-        return f"needs {', '.join(absent)} (CUDA toolkit; cuobjdump and nvdisasm also come with Triton)"
-    return "this torch has no CUDA headers" if torch.version.cuda is None else None
+        return f"needs {' and '.join(absent)}, which come with the CUDA toolkit and with Triton"
+    return None
 
 
 def compiler() -> str:
     """nvcc and its release."""
-    text = subprocess.run([_tools()["nvcc"], "--version"], capture_output=True, text=True, check=True).stdout
-    return f"nvcc {re.search(r'release ([0-9.]+)', text)[1]}"
+    return f"nvcc {toolkit.nvcc_version(toolkit.cuda_home())}"
 
 
-def kernels(files: list[str]) -> dict[tuple[str, str, str], dict]:
-    """{(file, kernel, arch): {"REG": ..., "STACK": ..., "SHARED": ..., "code": Counter of instructions}}."""
-    tools, found = _tools(), {}
-    CACHE.mkdir(parents=True, exist_ok=True)
-    with open(CACHE / "lock", "w") as lock:  # parallel test processes compile once
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        for name in files:
-            for arch, text in _disassembled(name, tools).items():
-                for kernel, facts in _parse(text).items():
-                    found[name, kernel, arch] = facts
+def kernels() -> dict[tuple[str, str], dict]:
+    """{(kernel, arch): {"REG": ..., "STACK": ..., "SHARED": ..., "code": Counter of instructions}}."""
+    built = wheel.built()
+    read = built.with_name("machine_code.json")
+    if not read.exists():
+        with tempfile.TemporaryDirectory(dir=built.parent) as folder:
+            with zipfile.ZipFile(built) as archive:
+                library = archive.extract("tokred_kernels/_cuda.abi3.so", folder)
+            facts = {arch: _parse(_disassembled(library, arch)) for arch in ARCHS}
+            (Path(folder) / "facts").write_text(json.dumps(facts))
+            (Path(folder) / "facts").rename(read)  # another process may be reading it too
+    found = {}
+    for arch, of_arch in json.loads(read.read_text()).items():
+        for kernel, facts in of_arch.items():
+            found[kernel, arch] = {**facts, "code": collections.Counter(facts["code"])}
     return found
 
 
-def _disassembled(name: str, tools: dict[str, str]) -> dict[str, str]:
-    """{arch: resource usage and machine code}, cached by the hash of all sources."""
-    sources = sorted([*(ROOT / "csrc/cuda").iterdir(), *(ROOT / "csrc").glob("check*.h")])
-    key = b"".join(p.read_bytes() for p in sources) + f"{tools['nvcc']} {torch.__version__}".encode()
-    folder = CACHE / hashlib.sha256(key).hexdigest()[:16]
-    folder.mkdir(parents=True, exist_ok=True)
-    texts = {arch: folder / f"{name}.{arch}.sass" for arch in ARCHS}
-    if not all(p.exists() for p in texts.values()):
-        binary = folder / f"{name}.fatbin"
-        codes = ["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=[sm_90,sm_100]"]  # as setup.py
-        flags = ["-O3", "-std=c++17", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-t2"]
-        includes = [f"-I{p}" for p in cpp_extension.include_paths()]
-        source = ROOT / f"csrc/cuda/{name}.cu"
-        subprocess.run([tools["nvcc"], "-fatbin", source, "-o", binary, *flags, *includes, *codes], check=True)
-        path = {**os.environ, "PATH": f"{Path(tools['nvdisasm']).parent}:{os.environ['PATH']}"}
-        for arch, text in texts.items():
-            command = [tools["cuobjdump"], "-res-usage", "-sass", "-arch", arch, binary]
-            text.write_text(subprocess.run(command, check=True, capture_output=True, text=True, env=path).stdout)
-        binary.unlink()
-    return {arch: p.read_text() for arch, p in texts.items()}
+def _disassembled(library: str, arch: str) -> str:
+    """Resource usage and machine code."""
+    tools = _tools()
+    path = {**os.environ, "PATH": f"{Path(tools['nvdisasm']).parent}:{os.environ['PATH']}"}
+    command = [tools["cuobjdump"], "-res-usage", "-sass", "-arch", arch, library]
+    return subprocess.run(command, check=True, capture_output=True, text=True, env=path).stdout
 
 
 def readable(mangled: str) -> str:

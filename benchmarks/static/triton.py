@@ -10,9 +10,10 @@ from collections.abc import Iterator
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.wheel import ROOT
+
 from .calls import SHAPES, Call, Shape, calls, pairs, triton_only
 from .gpus import Gpu
-from .machine_code import ROOT
 from .rows import Launch
 
 sys.path.insert(0, str(ROOT / "tests"))  # the ahead-of-time compiler

@@ -56,7 +56,7 @@ __host__ __device__ constexpr int attention_blocks(int width, int tiles, bool re
 template <int kWidth, typename T>
 __device__ __forceinline__ void write_row(const AttentionBatch& g, int64_t head, int64_t row, int r,
                                           const float (&out)[kWidth / 8][4]) {
-  T* to = g.result<T>(head, row) + threadIdx.x % 4 * 2;
+  T* to = result<T>(g, head, row) + threadIdx.x % 4 * 2;
 #pragma unroll
   for (int d = 0; d < kWidth / 8; ++d) {
     Pack<T, 2> pair;

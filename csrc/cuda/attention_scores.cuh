@@ -17,8 +17,6 @@
 
 namespace tokred {
 
-enum Emission : int { kEmitNone, kEmitCls, kEmitMean };
-
 constexpr int kColumnTiles = 4;  // 64 keys a block
 
 // partial [B, H, N]: sums over the query rows, from the statistics that attention_kernel left of each.
@@ -82,8 +80,8 @@ __global__ void __launch_bounds__(kThreads, 2) cls_kernel(const AttentionBatch g
   const int64_t head = blockIdx.x;
   const int first = threadIdx.x % 8 * 8;
   const unsigned lanes = 0xffu << threadIdx.x % kWarp / 8 * 8;
-  const T* keys = g.key<T>(head, 0);
-  const float* size = g.sizes(head, 0);
+  const T* keys = key<T>(g, head, 0);
+  const float* size = sizes(g, head, 0);
   float* p = g.partial + head * g.N;
   float* room = reinterpret_cast<float*>(shared_memory());
 
@@ -92,7 +90,7 @@ __global__ void __launch_bounds__(kThreads, 2) cls_kernel(const AttentionBatch g
 #pragma unroll
   for (int c = 0; c < kPieces; ++c)
     if (first + 64 * c < g.D) {
-      const Pack<T, 8> part = load_pack<8>(g.query<T>(head, 0) + first + 64 * c, g.aligned);
+      const Pack<T, 8> part = load_pack<8>(query<T>(g, head, 0) + first + 64 * c, g.aligned);
 #pragma unroll
       for (int e = 0; e < 8; ++e) q[c][e] = sign * to_float(part, e);
     }

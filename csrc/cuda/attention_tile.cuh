@@ -14,50 +14,33 @@ namespace tokred {
 constexpr int kAttentionWarps = 4, kAttentionThreads = kAttentionWarps * kWarp;
 constexpr int kQueryTile = 16, kKeyTile = 16;
 
-// What the softmax of a row needs: p = size exp2(s - highest) * inverse; s, highest to base 2.
-struct alignas(8) RowStatistics {
-  float highest, inverse;
-};
-
-struct AttentionBatch {
-  const void* q;        // [B, H, Nq, D], inner stride 1
-  const void* k;        // [B, H, N, D]
-  const void* v;        // [B, H, N, D]
-  const float* size;    // [B, N] or null
-  void* out;            // [B, Nq, H, D] or null: scores alone, v is not read
-  float* partial;       // [B, H, N] or null: the CLS row, or the sum of the rows, of each head
-  RowStatistics* rows;  // [B, H, Nq] or null
-  int64_t B, q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n;
-  int H, Nq, N, D;
-  float scale;   // of the logits to base 2, positive
-  bool negate;   // q, for a scale below 0
-  bool aligned;  // every row of q, k and v starts at a multiple of 16 bytes
-
-  // Of a head counted over the whole batch; a grid has fewer than 2^32 blocks.
-  __device__ __forceinline__ int64_t image(int64_t head) const { return unsigned(head) / unsigned(H); }
-  __device__ __forceinline__ int64_t within(int64_t head) const { return unsigned(head) % unsigned(H); }
-
-  template <typename T>
-  __device__ __forceinline__ const T* query(int64_t head, int64_t row) const {
-    return static_cast<const T*>(q) + image(head) * q_b + within(head) * q_h + row * q_n;
-  }
-  template <typename T>
-  __device__ __forceinline__ const T* key(int64_t head, int64_t row) const {
-    return static_cast<const T*>(k) + image(head) * k_b + within(head) * k_h + row * k_n;
-  }
-  template <typename T>
-  __device__ __forceinline__ const T* value(int64_t head, int64_t row) const {
-    return static_cast<const T*>(v) + image(head) * v_b + within(head) * v_h + row * v_n;
-  }
-  template <typename T>
-  __device__ __forceinline__ T* result(int64_t head, int64_t row) const {
-    return static_cast<T*>(out) + ((image(head) * Nq + row) * H + within(head)) * D;
-  }
-  // size from key `first` of the head's image on, or null.
-  __device__ __forceinline__ const float* sizes(int64_t head, int64_t first) const {
-    return size ? size + image(head) * N + first : nullptr;
-  }
-};
+// Of a head counted over the whole batch; a grid has fewer than 2^32 blocks.
+__device__ __forceinline__ int64_t image_of(const AttentionBatch& g, int64_t head) {
+  return unsigned(head) / unsigned(g.H);
+}
+__device__ __forceinline__ int64_t within(const AttentionBatch& g, int64_t head) {
+  return unsigned(head) % unsigned(g.H);
+}
+template <typename T>
+__device__ __forceinline__ const T* query(const AttentionBatch& g, int64_t head, int64_t row) {
+  return static_cast<const T*>(g.q) + image_of(g, head) * g.q_b + within(g, head) * g.q_h + row * g.q_n;
+}
+template <typename T>
+__device__ __forceinline__ const T* key(const AttentionBatch& g, int64_t head, int64_t row) {
+  return static_cast<const T*>(g.k) + image_of(g, head) * g.k_b + within(g, head) * g.k_h + row * g.k_n;
+}
+template <typename T>
+__device__ __forceinline__ const T* value(const AttentionBatch& g, int64_t head, int64_t row) {
+  return static_cast<const T*>(g.v) + image_of(g, head) * g.v_b + within(g, head) * g.v_h + row * g.v_n;
+}
+template <typename T>
+__device__ __forceinline__ T* result(const AttentionBatch& g, int64_t head, int64_t row) {
+  return static_cast<T*>(g.out) + ((image_of(g, head) * g.Nq + row) * g.H + within(g, head)) * g.D;
+}
+// size from key `first` of the head's image on, or null.
+__device__ __forceinline__ const float* sizes(const AttentionBatch& g, int64_t head, int64_t first) {
+  return g.size ? g.size + image_of(g, head) * g.N + first : nullptr;
+}
 
 // Elements from one staged row to the next: an odd number of 16-byte words, so that eight rows meet no bank twice.
 template <typename T, int kWidth>
@@ -108,7 +91,7 @@ __device__ __forceinline__ void stage_rows(const AttentionBatch& g, const T* fro
 template <int kWidth, typename T>
 __device__ __forceinline__ void stage_queries(const AttentionBatch& g, int64_t head, int64_t first, T* to) {
   __syncwarp();  // the rows before have been read
-  stage_rows<kWidth, kWarp>(g, g.query<T>(head, first), g.q_n, kQueryTile, int(g.Nq - first), g.negate, to,
+  stage_rows<kWidth, kWarp>(g, query<T>(g, head, first), g.q_n, kQueryTile, int(g.Nq - first), g.negate, to,
                             [](int) { return true; });
   __syncwarp();
 }
@@ -128,11 +111,11 @@ struct KeyChunk {
 
   __device__ __forceinline__ void stage(const AttentionBatch& g, int64_t head, int first) const {
     const int count = g.N - first;
-    const float* size = g.sizes(head, first);
-    stage_rows<kWidth, kAttentionThreads>(g, g.key<T>(head, first), g.k_n, kKeys, count, false, k,
+    const float* size = sizes(g, head, first);
+    stage_rows<kWidth, kAttentionThreads>(g, key<T>(g, head, first), g.k_n, kKeys, count, false, k,
                                           [](int) { return true; });
     if (kValues && g.out)  // 0 times a NaN would be one
-      stage_rows<kWidth, kAttentionThreads>(g, g.value<T>(head, first), g.v_n, kKeys, count, false, v,
+      stage_rows<kWidth, kAttentionThreads>(g, value<T>(g, head, first), g.v_n, kKeys, count, false, v,
                                             [&](int j) { return !size || size[j] > 0; });
     for (int j = threadIdx.x; j < kKeys; j += kAttentionThreads) {
       const float weight = j >= count ? 0 : size ? size[j] : 1;

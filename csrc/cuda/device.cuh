@@ -8,6 +8,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include "batches.h"
+
 namespace tokred {
 
 constexpr int kThreads = 256, kWarp = 32, kWarps = kThreads / kWarp;
@@ -23,19 +25,14 @@ __device__ __forceinline__ unsigned char* shared_memory() {
 using simt::shared_memory;
 #endif
 
-// The launchers choose by these; a launcher without a GPU (the emulator's) makes them up.
-struct Device {
-  int multiprocessors;
-  int64_t shared_bytes;  // a block's limit, opt-in
-};
-
-template <typename I>
-__host__ __device__ constexpr I ceil_div(I n, I by) {
-  return (n + by - 1) / by;
-}
-template <typename I>
-__host__ __device__ constexpr I round_up(I n, I to) {
-  return ceil_div(n, to) * to;
+// Calls f with a zero of the type.
+template <typename F>
+void with_type(Dtype dtype, F&& f) {
+  switch (dtype) {
+    case Dtype::kFloat: return f(float{});
+    case Dtype::kHalf: return f(__half{});
+    case Dtype::kBFloat16: return f(__nv_bfloat16{});
+  }
 }
 
 __device__ __forceinline__ float to_float(float x) { return x; }

@@ -1,38 +1,35 @@
-// From checked tensors to launches: guard, checks, empty return, launch, launch check.
+// What every <op>_kernel.cu launches with. No torch in here: see batches.h.
 #pragma once
 #include <cuda_runtime.h>
-#include <torch/csrc/stable/accelerator.h>
 
 #include <climits>
-#include <tuple>
+#include <stdexcept>
+#include <string>
 
-#include "../check.h"
-#include "../check_topk.h"
-#include "norm.cuh"
+#include "device.cuh"
 
 namespace tokred {
 
-using torch::stable::accelerator::DeviceGuard;
+inline void check_cuda(cudaError_t status) {
+  if (status != cudaSuccess)
+    throw std::runtime_error(std::string("tokred: ") + cudaGetErrorName(status) + ": " + cudaGetErrorString(status));
+}
 
-// Launches on the current stream of the tensor's device.
 class Launcher {
  public:
-  explicit Launcher(const Tensor& t) {
-    void* stream = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
-    stream_ = static_cast<cudaStream_t>(stream);
-  }
+  explicit Launcher(Stream stream) : stream_(static_cast<cudaStream_t>(stream)) {}
 
   template <typename... Parameters, typename... Arguments>
   void operator()(void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t shared,
                   Arguments... arguments) const {
     constexpr int64_t kWithoutOptIn = 48 << 10;
-    STD_TORCH_CHECK(blocks <= INT_MAX, "tokred: the batch needs ", blocks, " blocks, more than a grid holds");
+    if (blocks > INT_MAX)
+      throw std::runtime_error("tokred: the batch needs " + std::to_string(blocks) + " blocks, more than a grid holds");
     if (shared > kWithoutOptIn)
-      STD_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                          cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)));
+      check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                      cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)));
     kernel<<<unsigned(blocks), threads, size_t(shared), stream_>>>(arguments...);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    check_cuda(cudaGetLastError());
   }
 
  private:
@@ -41,66 +38,10 @@ class Launcher {
 
 inline Device this_device() {
   int index = 0, multiprocessors = 0, shared = 0;
-  STD_CUDA_CHECK(cudaGetDevice(&index));
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, index));
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, index));
+  check_cuda(cudaGetDevice(&index));
+  check_cuda(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, index));
+  check_cuda(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, index));
   return {multiprocessors, shared};
 }
-
-inline int checked_int(const char* op, const char* what, int64_t n) {
-  if (n >= INT_MAX) fail(op, what, "below 2^31 - 1 on a CUDA device", std::to_string(n));
-  return int(n);
-}
-
-// Whether every row begins at a multiple of 16 bytes.
-inline bool is_aligned(const Tensor& t, std::initializer_list<int64_t> strides) {
-  bool aligned = reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
-  for (int64_t stride : strides) aligned &= stride * int64_t(t.element_size()) % 16 == 0;
-  return aligned;
-}
-
-inline const float* floats(const OptionalTensor& t) {
-  return t ? static_cast<const float*>(t->const_data_ptr()) : nullptr;
-}
-
-// The tail of an add_*_norm op, and whether it can be read and written in 16-byte words. It keeps what it points to.
-struct TailArgs {
-  Tail tail;
-  bool aligned;
-  OptionalTensor weight, bias;
-};
-
-inline TailArgs tail_args(const NormArgs& args, const Tensor& x, const Tensor& normed) {
-  TailArgs a{{}, true, args.weight, args.bias};
-  // As they are where both are of the type of x, which is the usual model: no copy.
-  for (const OptionalTensor& t : {args.weight, args.bias}) a.tail.wide |= t && t->scalar_type() != x.scalar_type();
-  if (a.tail.wide) a.weight = per_token(a.weight, ScalarType::Float), a.bias = per_token(a.bias, ScalarType::Float);
-  for (const OptionalTensor& t : {a.weight, a.bias}) a.aligned &= !t || is_aligned(*t, {});
-  a.tail.weight = a.weight ? a.weight->const_data_ptr() : nullptr;
-  a.tail.bias = a.bias ? a.bias->const_data_ptr() : nullptr;
-  a.tail.branch = args.branch.const_data_ptr(), a.tail.normed = normed.mutable_data_ptr();
-  a.tail.s_b = args.s_b, a.tail.s_n = args.s_n, a.tail.eps = float(args.eps);
-  a.aligned &= is_aligned(args.branch, {args.s_b, args.s_n});
-  return a;
-}
-
-// TOKRED_DEBUG=1: copies assign to the host, which waits for the device.
-inline void debug_assign_values(const char* op, const Tensor& assign, int64_t m) {
-  if (!debug()) return;
-  const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
-  const Tensor host = torch::stable::to(assign, std::nullopt, std::nullopt, cpu);
-  check_assign_values(op, static_cast<const int32_t*>(host.const_data_ptr()), host.numel(), m);
-}
-
-// The batches of merge and of topk_gather's second kernel, for kernels of their own.
-struct MergeBatch;
-struct GatherBatch;
-MergeBatch merge_batch(const char* op, const MergeArgs& args, Reduce reduce, const Tensor& out, const Tensor& size_out);
-GatherBatch gather_batch(const char* op, const TopkGatherArgs& args, const Tensor& assign, const Tensor& out);
-// match.cu and merge.cu; match_merge.cu launches both.
-void match_into(const char* op, const MatchArgs& args, const Tensor& assign);
-void merge_into(const char* op, const MergeArgs& args, Reduce reduce, const Tensor& out, const Tensor& size_out);
-// topk.cu, for topk_gather.cu.
-void topk_into(const char* op, const TopkArgs& args, const Tensor& assign);
 
 }  // namespace tokred

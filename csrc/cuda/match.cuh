@@ -24,29 +24,6 @@
 
 namespace tokred {
 
-enum class Dtype { kFloat, kHalf, kBFloat16 };
-
-struct MatchBatch {
-  const void* metric;   // [B, H, N, D], inner stride 1
-  const float* weight;  // [B, N] or null
-  int32_t* assign;      // [B, N]
-  int64_t B, s_b, s_h, s_n;
-  int H, N, D, p;
-  int r, r_b;  // patches that leave a, and b (one way: 0)
-  float power;
-  Dtype dtype;
-  bool aligned;  // every row of the metric starts at a multiple of 16 bytes
-
-  __host__ __device__ int first_a() const { return p + p % 2; }
-  __host__ __device__ int first_b() const { return p + 1 - p % 2; }
-  __host__ __device__ int rows_a() const { return (N - first_a() + 1) / 2; }
-  __host__ __device__ int rows_b() const { return (N - first_b() + 1) / 2; }
-  __host__ __device__ int rows() const { return rows_a() > rows_b() ? rows_a() : rows_b(); }
-  __host__ __device__ int kept() const { return rows_a() - r; }       // of a
-  __host__ __device__ int first_b_row() const { return p + kept(); }  // in assign, before the way back
-  __host__ __device__ int width() const { return round_up(D, 8); }    // D with zeros
-};
-
 // Unit rows are kept in pieces of kChunk elements. kPitch: 16 lanes reading 16 bytes of consecutive rows meet no bank
 // twice (17 words of 16 bytes).
 constexpr int kChunk = 64, kPitch = kChunk + 4;

@@ -18,19 +18,6 @@
 
 namespace tokred {
 
-enum Reduction : int { kReduceMean, kReduceSum, kReduceAmax };
-
-struct MergeBatch {
-  const void* x;               // [B, N, C], inner stride 1
-  const int32_t* assign;       // [B, N]
-  const float *size, *weight;  // [B, N] or null
-  void* out;                   // [B, M, C]
-  float* size_out;             // [B, M]
-  int64_t B, s_b, s_n;
-  int N, M, C;
-  Reduction reduce;
-};
-
 // How the rows are spread: `slices` warps share an output row, `groups` blocks serve an image.
 struct MergeGrid {
   int slices, groups;

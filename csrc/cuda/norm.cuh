@@ -10,15 +10,6 @@
 
 namespace tokred {
 
-struct Tail {
-  const void* branch;         // [B, N, C], inner stride 1
-  void* normed;               // [B, M, C]
-  const void *weight, *bias;  // [C] or null; float if `wide`, else of the type of x
-  int64_t s_b, s_n;           // of branch
-  float eps;
-  bool wide;
-};
-
 // Tokens [N, C] of an image.
 template <typename Type>
 struct Tokens {

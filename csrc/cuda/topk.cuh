@@ -17,14 +17,6 @@ namespace tokred {
 
 constexpr int kTopkThreads = 1024;
 
-struct TopkBatch {
-  const float* score;  // [B, N]
-  int32_t* assign;     // [B, N]
-  int64_t B;
-  int N, k, p;  // k at most N - p
-  int others;   // the row of the patches that are not kept; -1: dropped
-};
-
 // Order of scores as unsigned integers above 0; -0 ties with +0, NaN with -inf.
 __device__ __forceinline__ unsigned score_key(float score) {
   const unsigned bits = __float_as_uint(score != score ? -INFINITY : score + 0.0f);

@@ -17,17 +17,6 @@
 
 namespace tokred {
 
-struct GatherBatch {
-  const void* x;          // [B, N, C], inner stride 1
-  const float* score;     // [B, N]
-  const int32_t* assign;  // [B, N]
-  void* out;              // [B, M, C]
-  int64_t B, s_b, s_n;
-  int N, M, C;
-  int copied;  // rows that are copies; row `copied`, if there is one, is the weighted sum of the others
-  bool mean;   // divide it by the sum of the scores
-};
-
 constexpr int kMembersAhead = 8;
 
 // sum += w x and total += w over the listed members, from channel c on; lanes beyond the last are not active, w null

@@ -13,21 +13,12 @@
 namespace tokred {
 
 template <typename Word>
-struct UnmergeBatch {
-  const Word* y;          // [B, M, words], strides in words
-  const int32_t* assign;  // [B, N]
-  Word* x;                // [B, N, words]
-  int64_t B, s_b, s_n;
-  int N, M, words;
-};
-
-template <typename Word>
-__global__ void __launch_bounds__(kThreads) unmerge_kernel(const UnmergeBatch<Word> u, int tokens, int groups) {
+__global__ void __launch_bounds__(kThreads) unmerge_kernel(const UnmergeBatch u, int tokens, int groups) {
   const int64_t b = blockIdx.x / unsigned(groups);
   const int first = blockIdx.x % unsigned(groups) * tokens, count = min(tokens, u.N - first);
   const int32_t* assign = u.assign + b * u.N + first;
-  const Word* y = u.y + b * u.s_b;
-  Word* x = u.x + (b * u.N + first) * u.words;
+  const Word* y = static_cast<const Word*>(u.y) + b * u.s_b;
+  Word* x = static_cast<Word*>(u.x) + (b * u.N + first) * u.words;
   const int words = count * u.words;
   for (int start = threadIdx.x; start < words; start += kAhead * kThreads) {
     Word part[kAhead] = {};  // all loads, then all stores: the compiler must not assume that x is not y
@@ -43,7 +34,7 @@ __global__ void __launch_bounds__(kThreads) unmerge_kernel(const UnmergeBatch<Wo
 }
 
 template <typename Word, typename Launch>
-void launch_unmerge(const UnmergeBatch<Word>& u, Launch&& launch) {
+void launch_unmerge(const UnmergeBatch& u, Launch&& launch) {
   constexpr int kBlockWords = 2048;
   const int tokens = u.words < kBlockWords ? ceil_div(kBlockWords, u.words) : 1, groups = ceil_div(u.N, tokens);
   launch(unmerge_kernel<Word>, u.B * groups, kThreads, 0, u, tokens, groups);

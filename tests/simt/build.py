@@ -13,7 +13,9 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 KERNELS = ROOT / "csrc/cuda"
-SOURCES = sorted([*HERE.glob("*.h"), *HERE.glob("*.cpp"), *KERNELS.glob("*.cuh"), Path(__file__)])
+SOURCES = sorted(
+    [*HERE.glob("*.h"), *HERE.glob("*.cpp"), *KERNELS.glob("*.cuh"), KERNELS / "batches.h", Path(__file__)]
+)
 # The scheduler is never instrumented for ThreadSanitizer: it would report its own bookkeeping.
 FLAVOURS = {
     "plain": ("", ""),

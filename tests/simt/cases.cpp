@@ -52,7 +52,7 @@ static void unmerge(int B, int N, int M, int words) {
   for (size_t i = 0; i < y.count * sizeof(Word); ++i) reinterpret_cast<char*>(y.data.get())[i] = char(random_bits());
   Buffer<int32_t> assign(size_t(B) * N);
   for (int i = 0; i < B * N; ++i) assign[i] = int(random_bits() % (M + 2)) - 1;
-  emulate_unmerge(UnmergeBatch<Word>{y, assign, x, B, int64_t(M) * words, words, N, M, words});
+  emulate_unmerge<Word>(UnmergeBatch{y, assign, x, B, int64_t(M) * words, words, N, M, words});
   printf("unmerge N=%d words=%d: %08x\n", N, words, hash(x));
 }
 

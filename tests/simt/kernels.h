@@ -32,19 +32,19 @@ constexpr std::align_val_t kAlignment{256};
 struct Free {
   void operator()(char* memory) const { operator delete[](memory, kAlignment); }
 };
-using Scratch = std::unique_ptr<char[], Free>;
+using ScratchMemory = std::unique_ptr<char[], Free>;
 
 // Of exactly this size, so that a sanitizer sees what lies beyond, and full of garbage.
-inline Scratch scratch_memory(int64_t bytes) {
-  Scratch memory(new (kAlignment) char[size_t(bytes)]);
+inline ScratchMemory scratch_memory(int64_t bytes) {
+  ScratchMemory memory(new (kAlignment) char[size_t(bytes)]);
   memset(memory.get(), 0xCB, size_t(bytes));
   simt::device_memory(memory.get(), size_t(bytes));
   return memory;
 }
 
 // Returns the scratch memory, whose end holds the edges; none where one block an image does it all.
-inline Scratch emulate_match(const MatchBatch& m, const Device& device) {
-  Scratch scratch;
+inline ScratchMemory emulate_match(const MatchBatch& m, const Device& device) {
+  ScratchMemory scratch;
   launch_match(m, device, Launcher{std::max(device.shared_bytes, Launcher{}.shared_limit)}, [&](int64_t bytes) {
     scratch = scratch_memory(bytes);
     return scratch.get();
@@ -58,14 +58,14 @@ void emulate_merge(const MergeBatch& g, bool aligned) {
 }
 
 template <typename Word>
-void emulate_unmerge(const UnmergeBatch<Word>& u) {
-  launch_unmerge(u, Launcher{});
+void emulate_unmerge(const UnmergeBatch& u) {
+  launch_unmerge<Word>(u, Launcher{});
 }
 
 // Returns how much scratch memory it took.
 template <typename T>
 int64_t emulate_attention(const AttentionBatch& g, Emission emit, float* scores, const Device& device) {
-  Scratch scratch;
+  ScratchMemory scratch;
   int64_t taken = 0;
   launch_scored_attention<T>(g, emit, scores, device, Launcher{}, [&](int64_t bytes) {
     scratch = scratch_memory(bytes);

@@ -1,4 +1,4 @@
-// The emulated kernels for Python: pointers and integers, as the launchers in csrc/cuda/*.cu pass them. ops.py wraps
+// The emulated kernels for Python: pointers and integers, as csrc/cuda/*.cpp passes them. ops.py wraps
 // them with tensors.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -49,22 +49,16 @@ static void merge(uintptr_t x, uintptr_t assign, uintptr_t size, uintptr_t weigh
   g.x = pointer<void>(x), g.assign = pointer<int32_t>(assign), g.size = pointer<float>(size);
   g.weight = pointer<float>(weight), g.out = pointer<void>(out), g.size_out = pointer<float>(size_out);
   g.B = B, g.N = N, g.M = M, g.C = C, g.s_b = s_b, g.s_n = s_n, g.reduce = static_cast<Reduction>(reduce);
-  const auto run = [&](auto zero) {
+  with_type(static_cast<Dtype>(dtype), [&](auto zero) {
     using T = decltype(zero);
     tail ? emulate_merge_norm<T>(g, tail_of(tail), aligned) : emulate_merge<T>(g, aligned);
-  };
-  switch (static_cast<Dtype>(dtype)) {
-    case Dtype::kFloat: return run(float{});
-    case Dtype::kHalf: return run(__half{});
-    case Dtype::kBFloat16: return run(__nv_bfloat16{});
-  }
+  });
 }
 
 template <typename Word>
 static void unmerge(uintptr_t y, uintptr_t assign, uintptr_t x, int64_t B, int N, int M, int words, int64_t s_b,
                     int64_t s_n) {
-  emulate_unmerge(
-      UnmergeBatch<Word>{pointer<Word>(y), pointer<int32_t>(assign), pointer<Word>(x), B, s_b, s_n, N, M, words});
+  emulate_unmerge<Word>({pointer<void>(y), pointer<int32_t>(assign), pointer<void>(x), B, s_b, s_n, N, M, words});
 }
 
 // Strides in elements: of q, k and v, each [b, h, n]. Returns the bytes of scratch memory.
@@ -79,11 +73,10 @@ static int64_t attention(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t size, 
   g.H = H, g.Nq = Nq, g.N = N, g.D = D, g.scale = scale, g.negate = negate, g.aligned = aligned;
   const Emission emission = static_cast<Emission>(emit);
   const Device device{multiprocessors, 0};
-  switch (static_cast<Dtype>(dtype)) {
-    case Dtype::kFloat: return emulate_attention<float>(g, emission, pointer<float>(scores), device);
-    case Dtype::kHalf: return emulate_attention<__half>(g, emission, pointer<float>(scores), device);
-    default: return emulate_attention<__nv_bfloat16>(g, emission, pointer<float>(scores), device);
-  }
+  int64_t taken = 0;
+  with_type(static_cast<Dtype>(dtype),
+            [&](auto zero) { taken = emulate_attention<decltype(zero)>(g, emission, pointer<float>(scores), device); });
+  return taken;
 }
 
 static void topk(uintptr_t score, uintptr_t assign, int64_t B, int N, int k, int p, int others) {
@@ -96,15 +89,10 @@ static void gather(uintptr_t x, uintptr_t score, uintptr_t assign, uintptr_t out
   g.x = pointer<void>(x), g.score = pointer<float>(score), g.assign = pointer<int32_t>(assign);
   g.out = pointer<void>(out), g.B = B, g.s_b = s_b, g.s_n = s_n, g.N = N, g.M = M, g.C = C, g.copied = copied;
   g.mean = mean;
-  const auto run = [&](auto zero) {
+  with_type(static_cast<Dtype>(dtype), [&](auto zero) {
     using T = decltype(zero);
     tail ? emulate_gather_norm<T>(g, tail_of(tail), aligned) : emulate_gather<T>(g, aligned);
-  };
-  switch (static_cast<Dtype>(dtype)) {
-    case Dtype::kFloat: return run(float{});
-    case Dtype::kHalf: return run(__half{});
-    case Dtype::kBFloat16: return run(__nv_bfloat16{});
-  }
+  });
 }
 
 // A name each: pybind11 gives a module of a name it knows again.

@@ -1,4 +1,4 @@
-"""The ops of csrc/cuda on the emulator, with the reference's signatures: what csrc/cuda/*.cu does, for CPU tensors.
+"""The ops of csrc/cuda on the emulator, with the reference's signatures: what csrc/cuda/*.cpp does, for CPU tensors.
 
 Outputs lie between guard bands and start as NaN or the largest integer, so a write beside them or a value never written
 shows.

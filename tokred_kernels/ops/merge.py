@@ -1,4 +1,4 @@
-"""merge: apply an assignment. Kernels: csrc/cpu/merge.cpp, csrc/cuda/merge.cu, triton/merge.py."""
+"""merge: apply an assignment. Kernels: csrc/cpu/merge.cpp, csrc/cuda/merge.cpp, triton/merge.py."""
 
 import torch
 from torch import Tensor

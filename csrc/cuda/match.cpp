@@ -1,16 +1,7 @@
-// match on CUDA. The kernels are match.cuh and match_split.cuh.
-#include "launch.h"
-#include "match_split.cuh"
+// match on CUDA. The kernels are match.cuh and match_split.cuh, launched by match_kernel.cu.
+#include "tensors.h"
 
 namespace tokred {
-
-static Dtype dtype_of(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Half: return Dtype::kHalf;
-    case ScalarType::BFloat16: return Dtype::kBFloat16;
-    default: return Dtype::kFloat;
-  }
-}
 
 void match_into(const char* op, const MatchArgs& args, const Tensor& assign) {
   if (args.B == 0 || args.N == 0) return;
@@ -22,12 +13,8 @@ void match_into(const char* op, const MatchArgs& args, const Tensor& assign) {
   m.r = int(args.two_way ? args.r / 2 : args.r), m.r_b = int(args.r) - m.r;
   m.p = int(args.p), m.power = float(args.power);
   m.dtype = dtype_of(args.metric), m.aligned = is_aligned(args.metric, {args.s_b, args.s_h, args.s_n});
-  Tensor scratch;
-  auto allocate = [&](int64_t bytes) {
-    scratch = torch::stable::new_empty(assign, {bytes}, ScalarType::Byte);
-    return scratch.mutable_data_ptr();
-  };
-  launch_match(m, this_device(), Launcher(assign), allocate);
+  Tensor memory;
+  launch_match(m, stream_of(assign), scratch_into(memory, assign));
 }
 
 Tensor match_cuda(const Tensor& metric, int64_t r, int64_t prefix, const OptionalTensor& weight, double power,

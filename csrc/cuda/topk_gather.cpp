@@ -1,7 +1,6 @@
 // topk_gather on CUDA: topk, then gather and fuse, on one stream; assign is the only thing handed over. The kernel is
-// topk_gather.cuh.
-#include "launch.h"
-#include "topk_gather.cuh"
+// topk_gather.cuh, launched by topk_gather_kernel.cu.
+#include "tensors.h"
 
 namespace tokred {
 
@@ -20,12 +19,7 @@ static void gather_into(const char* op, const TopkGatherArgs& args, const Tensor
   if (assign.numel() == 0 || args.C == 0) return;
   const GatherBatch g = gather_batch(op, args, assign, out);
   const bool aligned = is_aligned(args.x, {args.s_b, args.s_n, args.C});
-  const Launcher launch(args.x);
-  switch (args.x.scalar_type()) {
-    case ScalarType::Half: return launch_topk_gather<__half>(g, aligned, launch);
-    case ScalarType::BFloat16: return launch_topk_gather<__nv_bfloat16>(g, aligned, launch);
-    default: return launch_topk_gather<float>(g, aligned, launch);
-  }
+  launch_topk_gather(g, dtype_of(args.x), aligned, stream_of(args.x));
 }
 
 std::tuple<Tensor, Tensor> topk_gather_cuda(const Tensor& x, const Tensor& score, int64_t k, int64_t prefix,

@@ -1,6 +1,5 @@
-// merge on CUDA. The kernel is merge.cuh.
-#include "launch.h"
-#include "merge.cuh"
+// merge on CUDA. The kernel is merge.cuh, launched by merge_kernel.cu.
+#include "tensors.h"
 
 namespace tokred {
 
@@ -27,12 +26,7 @@ void merge_into(const char* op, const MergeArgs& args, Reduce reduce, const Tens
   if (args.B == 0 || args.M == 0) return;
   const MergeBatch g = merge_batch(op, args, reduce, out, size_out);
   const bool aligned = is_aligned(args.x, {args.s_b, args.s_n, args.C});
-  const Launcher launch(args.x);
-  switch (args.x.scalar_type()) {
-    case ScalarType::Half: return launch_merge<__half>(g, aligned, launch);
-    case ScalarType::BFloat16: return launch_merge<__nv_bfloat16>(g, aligned, launch);
-    default: return launch_merge<float>(g, aligned, launch);
-  }
+  launch_merge(g, dtype_of(args.x), aligned, stream_of(args.x));
 }
 
 std::tuple<Tensor, Tensor> merge_cuda(const Tensor& x, const Tensor& assign, int64_t m, const OptionalTensor& size,

@@ -1,9 +1,10 @@
-// attention and attention_scores on CUDA. The kernels are attention.cuh and attention_scores.cuh.
+// attention and attention_scores on CUDA. The kernels are attention.cuh and attention_scores.cuh, launched by
+// attention_kernel.cu.
 #include <cfloat>
+#include <cmath>
 
 #include "../check_attention.h"
-#include "attention_scores.cuh"
-#include "launch.h"
+#include "tensors.h"
 
 namespace tokred {
 
@@ -24,20 +25,8 @@ static void attend(const char* op, const AttentionArgs& args, const Tensor* out,
   for (const Heads* t : {&args.q, &args.k, &args.v}) g.aligned &= is_aligned(t->t, {t->s_b, t->s_h, t->s_n});
   const Emission emit = args.scores == Scores::kNone ? kEmitNone : args.scores == Scores::kCls ? kEmitCls : kEmitMean;
   Tensor memory;
-  auto scratch = [&](int64_t bytes) {
-    memory = torch::stable::new_empty(scores, {bytes}, ScalarType::Byte);
-    return memory.mutable_data_ptr();
-  };
-  auto run = [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    launch_scored_attention<T>(g, emit, static_cast<float*>(scores.mutable_data_ptr()), this_device(),
-                               Launcher(args.q.t), scratch);
-  };
-  switch (args.q.t.scalar_type()) {
-    case ScalarType::Half: return run(static_cast<__half*>(nullptr));
-    case ScalarType::BFloat16: return run(static_cast<__nv_bfloat16*>(nullptr));
-    default: return run(static_cast<float*>(nullptr));
-  }
+  launch_scored_attention(g, emit, static_cast<float*>(scores.mutable_data_ptr()), dtype_of(args.q.t),
+                          stream_of(args.q.t), scratch_into(memory, scores));
 }
 
 std::tuple<Tensor, Tensor> attention_cuda(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& size,

@@ -1,6 +1,5 @@
-// topk on CUDA. The kernel is topk.cuh.
-#include "launch.h"
-#include "topk.cuh"
+// topk on CUDA. The kernel is topk.cuh, launched by topk_kernel.cu.
+#include "tensors.h"
 
 namespace tokred {
 
@@ -11,7 +10,7 @@ void topk_into(const char* op, const TopkArgs& args, const Tensor& assign) {
   g.assign = static_cast<int32_t*>(assign.mutable_data_ptr());
   g.B = args.B, g.N = checked_int(op, "N", args.N);
   g.k = int(args.k), g.p = int(args.p), g.others = args.others;
-  launch_topk(g, Launcher(assign));
+  launch_topk(g, stream_of(assign));
 }
 
 Tensor topk_cuda(const Tensor& score, int64_t k, int64_t prefix, bool fuse) {

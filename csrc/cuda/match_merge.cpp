@@ -1,5 +1,5 @@
 // match_merge on CUDA: match, then merge, on one stream; assign is the only thing handed over.
-#include "launch.h"
+#include "tensors.h"
 
 namespace tokred {
 

@@ -1,6 +1,5 @@
-// add_merge_norm on CUDA. The kernel is add_merge_norm.cuh.
-#include "add_merge_norm.cuh"
-#include "launch.h"
+// add_merge_norm on CUDA. The kernel is add_merge_norm.cuh, launched by add_merge_norm_kernel.cu.
+#include "tensors.h"
 
 namespace tokred {
 
@@ -10,12 +9,7 @@ static void merge_norm_into(const char* op, const MergeArgs& args, const NormArg
   const MergeBatch g = merge_batch(op, args, Reduce::kMean, out, size_out);
   const TailArgs tail = tail_args(norm, args.x, normed);
   const bool aligned = tail.aligned && is_aligned(args.x, {args.s_b, args.s_n, args.C});
-  const Launcher launch(args.x);
-  switch (args.x.scalar_type()) {
-    case ScalarType::Half: return launch_add_merge_norm<__half>(g, tail.tail, aligned, launch);
-    case ScalarType::BFloat16: return launch_add_merge_norm<__nv_bfloat16>(g, tail.tail, aligned, launch);
-    default: return launch_add_merge_norm<float>(g, tail.tail, aligned, launch);
-  }
+  launch_add_merge_norm(g, tail.tail, dtype_of(args.x), aligned, stream_of(args.x));
 }
 
 std::tuple<Tensor, Tensor, Tensor> add_merge_norm_cuda(const Tensor& x, const Tensor& branch, const Tensor& assign,

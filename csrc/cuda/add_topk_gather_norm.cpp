@@ -1,7 +1,6 @@
 // add_topk_gather_norm on CUDA: topk, then sum, gather, fuse and normalise, on one stream; assign is the only thing
-// handed over. The kernel is add_topk_gather_norm.cuh.
-#include "add_topk_gather_norm.cuh"
-#include "launch.h"
+// handed over. The kernel is add_topk_gather_norm.cuh, launched by add_topk_gather_norm_kernel.cu.
+#include "tensors.h"
 
 namespace tokred {
 
@@ -11,12 +10,7 @@ static void gather_norm_into(const char* op, const TopkGatherArgs& args, const N
   const GatherBatch g = gather_batch(op, args, assign, out);
   const TailArgs tail = tail_args(norm, args.x, normed);
   const bool aligned = tail.aligned && is_aligned(args.x, {args.s_b, args.s_n, args.C});
-  const Launcher launch(args.x);
-  switch (args.x.scalar_type()) {
-    case ScalarType::Half: return launch_add_topk_gather_norm<__half>(g, tail.tail, aligned, launch);
-    case ScalarType::BFloat16: return launch_add_topk_gather_norm<__nv_bfloat16>(g, tail.tail, aligned, launch);
-    default: return launch_add_topk_gather_norm<float>(g, tail.tail, aligned, launch);
-  }
+  launch_add_topk_gather_norm(g, tail.tail, dtype_of(args.x), aligned, stream_of(args.x));
 }
 
 std::tuple<Tensor, Tensor, Tensor> add_topk_gather_norm_cuda(const Tensor& x, const Tensor& branch, const Tensor& score,

@@ -1,0 +1,93 @@
+// From checked tensors to the plain batches that the kernels take: guard, checks, empty return, launch.
+#pragma once
+#include <torch/csrc/stable/accelerator.h>
+
+#include <climits>
+#include <tuple>
+
+#include "../check.h"
+#include "../check_topk.h"
+#include "batches.h"
+
+namespace tokred {
+
+using torch::stable::accelerator::DeviceGuard;
+
+// The current one of the tensor's device.
+inline Stream stream_of(const Tensor& t) {
+  Stream stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+  return stream;
+}
+
+inline Dtype dtype_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Half: return Dtype::kHalf;
+    case ScalarType::BFloat16: return Dtype::kBFloat16;
+    default: return Dtype::kFloat;
+  }
+}
+
+inline int checked_int(const char* op, const char* what, int64_t n) {
+  if (n >= INT_MAX) fail(op, what, "below 2^31 - 1 on a CUDA device", std::to_string(n));
+  return int(n);
+}
+
+// Whether every row begins at a multiple of 16 bytes.
+inline bool is_aligned(const Tensor& t, std::initializer_list<int64_t> strides) {
+  bool aligned = reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
+  for (int64_t stride : strides) aligned &= stride * int64_t(t.element_size()) % 16 == 0;
+  return aligned;
+}
+
+inline const float* floats(const OptionalTensor& t) {
+  return t ? static_cast<const float*>(t->const_data_ptr()) : nullptr;
+}
+
+// Scratch for one launch function; the stream keeps its memory until the kernels are done.
+inline Scratch scratch_into(Tensor& memory, const Tensor& like) {
+  return [&](int64_t bytes) {
+    memory = torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
+    return memory.mutable_data_ptr();
+  };
+}
+
+// The tail of an add_*_norm op, and whether it can be read and written in 16-byte words. It keeps what it points to.
+struct TailArgs {
+  Tail tail;
+  bool aligned;
+  OptionalTensor weight, bias;
+};
+
+inline TailArgs tail_args(const NormArgs& args, const Tensor& x, const Tensor& normed) {
+  TailArgs a{{}, true, args.weight, args.bias};
+  // As they are where both are of the type of x, which is the usual model: no copy.
+  for (const OptionalTensor& t : {args.weight, args.bias}) a.tail.wide |= t && t->scalar_type() != x.scalar_type();
+  if (a.tail.wide) a.weight = per_token(a.weight, ScalarType::Float), a.bias = per_token(a.bias, ScalarType::Float);
+  for (const OptionalTensor& t : {a.weight, a.bias}) a.aligned &= !t || is_aligned(*t, {});
+  a.tail.weight = a.weight ? a.weight->const_data_ptr() : nullptr;
+  a.tail.bias = a.bias ? a.bias->const_data_ptr() : nullptr;
+  a.tail.branch = args.branch.const_data_ptr(), a.tail.normed = normed.mutable_data_ptr();
+  a.tail.s_b = args.s_b, a.tail.s_n = args.s_n, a.tail.eps = float(args.eps);
+  a.aligned &= is_aligned(args.branch, {args.s_b, args.s_n});
+  return a;
+}
+
+// TOKRED_DEBUG=1: copies assign to the host, which waits for the device.
+inline void debug_assign_values(const char* op, const Tensor& assign, int64_t m) {
+  if (!debug()) return;
+  const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
+  const Tensor host = torch::stable::to(assign, std::nullopt, std::nullopt, cpu);
+  check_assign_values(op, static_cast<const int32_t*>(host.const_data_ptr()), host.numel(), m);
+}
+
+// match.cpp and merge.cpp; match_merge.cpp calls both.
+void match_into(const char* op, const MatchArgs& args, const Tensor& assign);
+void merge_into(const char* op, const MergeArgs& args, Reduce reduce, const Tensor& out, const Tensor& size_out);
+// topk.cpp, for what gathers.
+void topk_into(const char* op, const TopkArgs& args, const Tensor& assign);
+// The batches of merge and of topk_gather's second kernel, for kernels of their own.
+MergeBatch merge_batch(const char* op, const MergeArgs& args, Reduce reduce, const Tensor& out, const Tensor& size_out);
+GatherBatch gather_batch(const char* op, const TopkGatherArgs& args, const Tensor& assign, const Tensor& out);
+
+}  // namespace tokred

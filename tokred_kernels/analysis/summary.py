@@ -192,16 +192,17 @@ def pairs(group: Group) -> list[dict]:
 
 def across_blocks(group: Group) -> list[dict]:
     """A reference and another method at the same keep rate, after each block that has the class token recorded."""
-    rows = []
-    for rate, block in itertools.product(group.rates, group.dense.header.feature_blocks):
-        at = {setting.method: setting.after(block) for setting in group.at(rate)}
-        for reference in (at[name] for name in REFERENCES if name in at):
-            for method, setting in at.items():
-                # Two references are a pair once.
-                if method != reference.method and (method not in REFERENCES or reference.method == REFERENCES[0]):
-                    row = {"keep_rate": rate, "a": reference.method, "b": method, "block": block}
-                    rows.append({**row, **_compare_now(reference, setting)})
-    return sorted(rows, key=lambda row: (-row["keep_rate"], row["a"], row["b"], row["block"]))
+    rows, blocks = [], group.dense.header.feature_blocks
+    for rate in group.rates:
+        after = {(s.method, block): s.after(block) for s in group.at(rate) for block in blocks}
+        methods = [setting.method for setting in group.at(rate)]
+        for reference, method in itertools.product((m for m in REFERENCES if m in methods), methods):
+            # Two references are a pair once.
+            if method != reference and (reference == REFERENCES[0] or method not in REFERENCES):
+                for block in blocks:
+                    row = {"keep_rate": rate, "a": reference, "b": method, "block": block}
+                    rows.append({**row, **_compare_now(after[reference, block], after[method, block])})
+    return rows
 
 
 def across_rates(group: Group) -> list[dict]:

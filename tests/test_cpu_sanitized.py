@@ -13,7 +13,7 @@ from torch.utils.cpp_extension import include_paths, library_paths
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / ".cache" / "sanitized"
-FLAGS = ["-O1", "-g1", "-std=c++17", "-fPIC", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+FLAGS = ["-O1", "-g", "-std=c++17", "-fPIC", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 
 def _library(csrc: Path = ROOT / "csrc", others: Path | None = None) -> Path:

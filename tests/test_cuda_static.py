@@ -14,7 +14,6 @@ EXPECTED = {
     **{f"match_kernel<{t}>": (256, 2, {"FFMA": 4 * t * t, "LDS.128": 2 * t}) for t in (4, 5, 6, 7)},
     **{f"edge_kernel<{t},{deep}>": (256, 2, {"FFMA": 4 * t * t, "LDS.128": 2 * t, "STG.E.64": t})
        for t, deep in ((5, "false"), (4, "true"))},
-    "unit_kernel": (256, 4, {"LDG.E.128": 4, "STG.E.128": 2}),
     "select_kernel": (1024, 2, {"SHFL": 10, "VOTE": 1}),
     "follow_kernel": (256, 8, {"LDG.E.64": 2, "STS.64": 1}),
     **{f"merge_kernel<{t},{16 // s}>": (256, 4, {"LDG.E.128": 8, "STG.E.128": 5})

@@ -7,12 +7,13 @@ import oracle
 import pytest
 import torch
 from cases import MATCH_CASES, MERGE_CASES, TWO_WAY_CASES, MatchCase, MergeCase
-from simt import ops
+from simt import counting, ops
+from simt.ops import H200
 
 from tokred_kernels import reference
 
 SEEDS = (0, 1, 2)  # 0: threads in order
-FEW = (8, 99 << 10)  # a small device: few multiprocessors, little shared memory
+FEW = (1, 99 << 10)  # a small device: one multiprocessor, little shared memory
 MANY = (100_000, 0)  # several blocks an image for every shape
 
 # Shapes that take every path and every tile of the kernels; MATCH_CASES has the traps.
@@ -66,9 +67,19 @@ def test_match_is_the_same_by_one_block_and_by_several(trap, weighted, two_way):
     assert torch.equal(by_one, by_several)
 
 
-def test_match_falls_back_where_shared_memory_is_small():
-    case = MatchCase(B=8, N=577, D=64, H=1, r=100, trap="alike")
-    assert torch.equal(run_match(case, device=FEW), run_match(case, device=(8, 227 << 10)))
+@pytest.mark.parametrize("two_way", [False, True])
+def test_match_is_the_same_where_rows_b_do_not_stay_in_shared_memory(two_way):
+    case = MatchCase(B=1, N=577, D=64, H=1, r=100, trap="alike", two_way=two_way)
+    assert torch.equal(run_match(case, device=FEW), run_match(case, device=(1, 227 << 10)))
+
+
+@pytest.mark.parametrize(
+    ("N", "D", "device", "launches"),
+    [(1024, 128, H200, 1), (1026, 8, H200, 2), (1024, 136, H200, 2), (1024, 64, FEW, 1)],
+)
+def test_launches(N, D, device, launches):
+    metric = torch.zeros(D).expand(100, 12, N, D)
+    assert len(counting.launches("match", metric, 13, share=0, device=device)) == launches
 
 
 @pytest.mark.parametrize("two_way", [False, True])

@@ -20,7 +20,7 @@ OCCUPANCY = {
 }
 # By backend, op and form: why more than two launches, or more than 1.3 times the floor.
 STEPS = {
-    "cuda match": "several blocks an image: unit rows, edges and selection wait for each other; rows pass through L2",
+    "cuda match": "several blocks an image: the selection waits for all of their edges, and what follows waits for it",
     "triton match": "unit rows, edges and selection wait for each other; the rows, three bfloat16, pass through L2",
     "(cuda|triton) attention cls": "streamed: the row of the class token by itself, then the heads; keys once more",
     "(cuda|triton) attention mean": "streamed: p is known when its row is done, so q and k once more, then the heads",

@@ -2,9 +2,11 @@
 // (ties: lowest j), the r best edges (ties: lowest i) merge.  Two ways, then every b looks for its best among the a
 // that stayed, and the ranks of these edges say which r_b of the b merge and in what order the others come.
 //
-// match_kernel: one block an image, everything in shared memory.  Eight lanes normalise a row; then the block is 16 x
-// 16 threads with kTile x kTile scores each, which keep a running (score, column) and never write a score; the rank of
-// an edge is the number of better ones; assign is written by a ballot scan.  match_split.cuh serves everything larger.
+// match_kernel: one block an image.  Eight lanes normalise a row; then the block is 16 x 16 threads with kTile x kTile
+// scores each, which keep a running (score, column) and never write a score; the rank of an edge is the number of
+// better ones; assign is written by a ballot scan.  The rows b stay in shared memory where a multiprocessor still holds
+// two blocks; else they pass through it, a tile at a time, and are normalised again for every tile of rows a.
+// match_split.cuh serves what is larger, and few images.
 // The way back does the same with the sides exchanged: a product has no order, so its scores are the same bit for bit.
 //
 // Products are float32 FMA, one chain over ascending d for every pair, so equal rows score bitwise equal wherever they
@@ -12,12 +14,13 @@
 // products would at best be 1.6x faster by arithmetic, but how their accumulator truncates is not documented.
 //
 // Floor, DeiT-S B=256 N=197 H=6 D=64 bf16 on 132 SMs: keys 38.7 MB once = 9 us, 4 N bytes out; 4850 FMA clocks an image
-// = 5.7 us (two images an SM, 1.7 GHz).
+// = 5.7 us (two images an SM, 1.7 GHz).  B=132 N=1024, an image an SM: keys 104 MB once = 24 us, three times that from
+// L2, beside 131k FMA clocks = 77 us, to which normalising again adds a tenth.
 //
-//   sm_90           registers   blocks an SM   shared memory
-//   match_kernel<4>       126              2   272 bytes a row: 62 KB for N = 197, 108 KB for N = 577
-//   match_kernel<5>       128              2   two ways, 4 bytes a row more
-//   match_kernel<6>       128              2
+//   sm_90           registers   blocks an SM   shared memory at D = 64
+//   match_kernel<4>       120              2   resident, 272 bytes a row: 62 KB for N = 197, 108 KB for N = 577
+//   match_kernel<5>       128              2   else 544 bytes a row of a tile: 67 KB for N = 1024
+//   match_kernel<6>       128              2   and 12 bytes an edge; two ways, 4 bytes an edge more
 //   match_kernel<7>       128              2
 #pragma once
 #include "device.cuh"
@@ -36,9 +39,6 @@ struct Side {
   const int* list = nullptr;
 
   __device__ __forceinline__ int patch(int i) const { return first + 2 * (listed ? list[i] : i); }
-  __device__ __forceinline__ Side from(int i) const {
-    return listed ? Side{first, count - i, true, list + i} : Side{first + 2 * i, count - i};
-  }
 };
 __device__ __forceinline__ Side side_a(const MatchBatch& m) { return {m.p % 2, m.rows_a()}; }
 __device__ __forceinline__ Side side_b(const MatchBatch& m) { return {1 - m.p % 2, m.rows_b()}; }
@@ -78,11 +78,17 @@ __device__ __forceinline__ void add_heads(const MatchBatch& m, const T* row, int
   }
 }
 
+// 1 / norm from the squares of eight neighbouring lanes.
+__device__ __forceinline__ float unit_scale(float square) {
+  const unsigned lanes = 0xffu << threadIdx.x % kWarp / 8 * 8;
+  for (int lane = 1; lane < 8; lane *= 2) square += __shfl_xor_sync(lanes, square, lane);
+  return 1.0f / fmaxf(sqrtf(square), kNormFloor);
+}
+
 // One row to unit length by eight neighbouring lanes; null is a row of zeros. Piece c goes to to + c * stride.
 template <typename T>
-__device__ __forceinline__ void unit_row(const MatchBatch& m, const T* row, float* to, int64_t stride) {
+__device__ __forceinline__ void unit_row(const MatchBatch& m, const T* row, float* to, int stride) {
   const int first = threadIdx.x % 8 * 8, width = m.width();
-  const unsigned lanes = 0xffu << threadIdx.x % kWarp / 8 * 8;
   const float per_head = 1.0f / m.H;
   float square = 0;
   for (int d = first; d < width; d += kChunk) {
@@ -97,8 +103,7 @@ __device__ __forceinline__ void unit_row(const MatchBatch& m, const T* row, floa
     words[0] = make_float4(mean[0], mean[1], mean[2], mean[3]);
     words[1] = make_float4(mean[4], mean[5], mean[6], mean[7]);
   }
-  for (int lane = 1; lane < 8; lane *= 2) square += __shfl_xor_sync(lanes, square, lane);
-  const float scale = 1.0f / fmaxf(sqrtf(square), kNormFloor);
+  const float scale = unit_scale(square);
   for (int d = first; d < width; d += kChunk) {
     float4* words = reinterpret_cast<float4*>(to + d / kChunk * stride + first);
 #pragma unroll
@@ -120,13 +125,13 @@ __device__ __forceinline__ void with_dtype(Dtype dtype, F&& f) {
   }
 }
 
-// Patches patch(0), patch(1), ... of image b, `count` of them and then zeros, as `rows` unit rows.
-template <typename Patch>
-__device__ __forceinline__ void stage(const MatchBatch& m, int64_t b, Patch&& patch, int count, int rows, float* to) {
+// Patches patch(0), patch(1), ... of image b, `count` of them and then zeros, as a tile of kSide unit rows.
+template <int kSide, typename Patch>
+__device__ __forceinline__ void stage(const MatchBatch& m, int64_t b, Patch&& patch, int count, float* to) {
   with_dtype(m.dtype, [&](auto* type) {
     auto* image = static_cast<decltype(type)>(m.metric) + b * m.s_b + m.p * m.s_n;
-    for (int i = threadIdx.x / 8; i < rows; i += kThreads / 8)
-      unit_row(m, i < count ? image + patch(i) * m.s_n : nullptr, to + i * kPitch, int64_t(rows) * kPitch);
+    for (int i = threadIdx.x / 8; i < kSide; i += kThreads / 8)
+      unit_row(m, i < count ? image + patch(i) * m.s_n : nullptr, to + i * kPitch, kSide * kPitch);
   });
 }
 
@@ -234,18 +239,47 @@ __device__ __forceinline__ void write_assign(const MatchBatch& m, int64_t b, int
   for (int n = threadIdx.x; n < m.p; n += blockDim.x) assign[n] = n;
 }
 
-// Shared memory of match_kernel, in bytes from its start: rows b, a tile of rows a, then per row a a key and a column,
-// and, two ways, the kept a. The way back has b for a, and the kept a for b.
-struct MatchShared {
-  int64_t tile, key, column, count, kept, bytes;
-  int b_rows;
+// Floats of a tile of `side` unit rows.
+constexpr int tile_floats(const MatchBatch& m, int side) { return ceil_div(m.width(), kChunk) * side * kPitch; }
 
-  __host__ __device__ MatchShared(const MatchBatch& m, int side) {
-    const int64_t row = ceil_div(m.width(), kChunk) * kPitch * sizeof(float);
+// f(row, key) with the best edge of each of the rows i0 .. i1 into the columns j0 .. j1; the key holds its score and
+// column. room: shared, a tile of rows, then all tiles of columns if they are resident, else one at a time.
+template <int kTile, typename F>
+__device__ __forceinline__ void find_edges(const MatchBatch& m, int64_t b, bool back, const Side& rows,
+                                           const Side& columns, int i0, int i1, int j0, int j1, bool resident,
+                                           float* room, F&& f) {
+  constexpr int kSide = 16 * kTile;
+  const int width = m.width(), tile = tile_floats(m, kSide);
+  for (int i = i0; i < i1; i += kSide) {
+    BestEdges<kTile> best;
+    for (int j = j0 - kSide; j < j1; j += kSide) {
+      const bool is_row = j < j0;  // first the rows: one call, one copy of its code
+      float* column_rows = room + (resident ? (j - j0) / kSide + 1 : 1) * tile;
+      __syncthreads();
+      if (is_row || !resident || i == i0)
+        stage<kSide>(
+            m, b, [&](int n) { return is_row ? rows.patch(i + n) : columns.patch(j + n); }, is_row ? i1 - i : j1 - j,
+            is_row ? room : column_rows);
+      if (is_row) continue;
+      __syncthreads();
+      float acc[kTile][kTile] = {};
+      for (int c = 0; c * kChunk < width; ++c)
+        add_products(room + c * kSide * kPitch, column_rows + c * kSide * kPitch, min(kChunk, width - c * kChunk), acc);
+      best.take(m, b, back, rows, columns, acc, i, j);
+    }
+    best.reduce(i, i1, f);
+  }
+}
+
+// Shared memory of match_kernel, in bytes from its start: a tile of rows a and all or one of rows b, then per row a a
+// key and a column, and, two ways, the kept a. The way back has b for a, and the kept a for b.
+struct MatchShared {
+  int64_t key, column, count, kept, bytes;
+
+  __host__ __device__ MatchShared(const MatchBatch& m, int side, bool resident) {
     const int64_t rows = m.r_b ? m.rows() : m.rows_a();
-    b_rows = round_up(m.r_b ? m.rows() : m.rows_b(), side);
-    tile = b_rows * row;
-    key = tile + side * row;
+    const int tiles = 1 + (resident ? ceil_div(m.r_b ? m.rows() : m.rows_b(), side) : 1);
+    key = tiles * tile_floats(m, side) * int64_t(sizeof(float));
     column = key + rows * int64_t(sizeof(uint64_t));
     count = column + rows * int64_t(sizeof(int));
     kept = count + kWarps * int64_t(sizeof(int));
@@ -253,48 +287,15 @@ struct MatchShared {
   }
 };
 
-// The best edge of each row: keys holds its score and the row, into its column.
 template <int kTile>
-__device__ __forceinline__ void find_edges(const MatchBatch& m, int64_t b, bool back, const MatchShared& at,
-                                           const Side& rows, const Side& columns, uint64_t* keys, int* into) {
-  constexpr int kSide = 16 * kTile;
-  const int width = m.width();
-  float* column_rows = reinterpret_cast<float*>(shared_memory());
-  float* tile_rows = reinterpret_cast<float*>(shared_memory() + at.tile);
-  for (int i0 = -kSide; i0 < rows.count; i0 += kSide) {
-    const bool is_column = i0 < 0;  // columns first, then tiles of rows: one call, one copy of its code
-    __syncthreads();
-    stage(
-        m, b, [&](int i) { return is_column ? columns.patch(i) : rows.patch(i0 + i); },
-        is_column ? columns.count : rows.count - i0, is_column ? at.b_rows : kSide,
-        is_column ? column_rows : tile_rows);
-    if (is_column) continue;
-    __syncthreads();
-    BestEdges<kTile> best;
-    for (int j0 = 0; j0 < columns.count; j0 += kSide) {
-      float acc[kTile][kTile] = {};
-      for (int c = 0; c * kChunk < width; ++c)
-        add_products(tile_rows + c * kSide * kPitch, column_rows + (c * at.b_rows + j0) * kPitch,
-                     min(kChunk, width - c * kChunk), acc);
-      best.take(m, b, back, rows, columns, acc, i0, j0);
-    }
-    best.reduce(i0, rows.count, [&](int i, uint64_t key) {
-      keys[i] = with_index(key, i);
-      into[i] = key_index(key);
-    });
-  }
-  __syncthreads();
-}
-
-template <int kTile>
-__global__ void __launch_bounds__(kThreads, 2) match_kernel(const MatchBatch m) {
+__global__ void __launch_bounds__(kThreads, 2) match_kernel(const MatchBatch m, bool resident) {
   const int64_t b = blockIdx.x;
   int32_t* assign = m.assign + b * m.N;
   if (m.r + m.r_b == 0) {
     for (int n = threadIdx.x; n < m.N; n += kThreads) assign[n] = n;
     return;
   }
-  const MatchShared at(m, 16 * kTile);
+  const MatchShared at(m, 16 * kTile, resident);
   uint64_t* keys = reinterpret_cast<uint64_t*>(shared_memory() + at.key);
   int* into = reinterpret_cast<int*>(shared_memory() + at.column);
   int* kept = reinterpret_cast<int*>(shared_memory() + at.kept);  // only two ways
@@ -307,9 +308,15 @@ __global__ void __launch_bounds__(kThreads, 2) match_kernel(const MatchBatch m) 
 
 #pragma unroll 1
   for (bool back = false;; back = true) {  // one copy of the products for both ways
+    const Side rows = back ? side_b(m) : side_a(m);
     Side columns = back ? side_kept(m, kept) : side_b(m);
     columns.list = kept;  // both ways, so that it is known to be in shared memory
-    find_edges<kTile>(m, b, back, at, back ? side_b(m) : side_a(m), columns, keys, into);
+    find_edges<kTile>(m, b, back, rows, columns, 0, rows.count, 0, columns.count, resident,
+                      reinterpret_cast<float*>(shared_memory()), [&](int i, uint64_t key) {
+                        keys[i] = with_index(key, i);
+                        into[i] = key_index(key);
+                      });
+    __syncthreads();
     if (back) break;
     write_assign(
         m, b, reinterpret_cast<int*>(shared_memory() + at.count), m.r_b ? kept : nullptr,

@@ -1,8 +1,8 @@
 // match by several blocks an image: any N and D, the same scores bit for bit (D <= 128), and no N x N matrix.
 //
-//   unit_kernel    32 tokens a block: the unit rows, [B, P, width] float32 in scratch
-//   edge_kernel    a block 16 kTile rows a against a segment of the rows b: the segment's best (score, column) keys,
-//                  [B, segments, Na]; there are only as many segments as it takes to fill the device
+//   edge_kernel    a block 16 kTile rows a against a segment of the rows b, a tile at a time, both normalised on their
+//                  way to shared memory: the segment's best (score, column) keys, [B, segments, Na]; there are only as
+//                  many segments as it takes to fill the device
 //   select_kernel  a block an image: the best key over the segments, the r-th best of these by bisection over its bits,
 //                  then assign as in match.cuh
 // and, two ways,
@@ -10,15 +10,17 @@
 //   follow_kernel  kThreads tokens a block: those in a row of b count the better edges for the row's own
 //
 // Beyond D = 128 (kDeep) each piece of 64 elements is summed by itself: one chain of many roundings near 1 would break
-// the bound of 1e-6 (error at most 4.3e-7 up to D = 2048).
+// the bound of 1e-6 (error at most 4.3e-7 up to D = 2048). The rows are then read for their norms and again for every
+// piece.
 //
-// Floor, N = 16384, D = 64, one image: 8192^2 D FMA = 254k clocks on 132 SMs = 150 us; scratch 4 N D bytes and
-// 8 Na a segment.
+// Floor, B=8 N=1024 H=6 D=64 bf16 on 132 SMs: keys 6.3 MB once = 1.5 us; 7.9k FMA clocks = 4.7 us.  Predicted 12 us:
+// each of 7 tiles of rows a finds the rows b in L2, 35 MB = 6.4 us, in part beside the products; then a launch and some
+// 40 counts over a block.  Unit rows kept in scratch would halve what comes from L2, for a launch and 1.7 times the
+// bytes of memory.
 //
 //   sm_90                  registers   blocks an SM   shared memory
-//   unit_kernel                   61              4               -
-//   edge_kernel<5>               128              2           44 KB
-//   edge_kernel<4, deep>         128              2           35 KB
+//   edge_kernel<5>               128              2   44 KB, beyond D = 64 87 KB
+//   edge_kernel<4, deep>         113              2           35 KB
 //   select_kernel                 32              2           256 B
 //   follow_kernel                 32              8            2 KB
 #pragma once
@@ -31,36 +33,87 @@ constexpr int kSelectThreads = 1024;
 constexpr int kEdgeTile = 5, kDeepTile = 4;
 
 struct MatchScratch {
-  float* unit;     // [B, P, width]
   uint64_t* keys;  // [B, segments, rows]: score and column of the best edge
   int* kept;       // [B, Na - r]: which a stayed; null one way
   int segments;
 };
 
-__host__ __device__ inline int64_t unit_bytes(const MatchBatch& m) {
-  return m.B * (m.N - m.p) * m.width() * int64_t(sizeof(float));
-}
-
-__global__ void __launch_bounds__(kThreads) unit_kernel(const MatchBatch m, const MatchScratch scratch, int groups) {
-  const int64_t b = blockIdx.x / groups;
-  const int P = m.N - m.p, i = blockIdx.x % groups * (kThreads / 8) + threadIdx.x / 8;
-  if (i >= P) return;
+// The scale to unit length of each row of a tile, to shared memory.
+template <int kSide, typename Patch>
+__device__ __forceinline__ void stage_scales(const MatchBatch& m, int64_t b, Patch&& patch, int count, float* scales) {
+  const int first = threadIdx.x % 8 * 8;
+  const float per_head = 1.0f / m.H;
   with_dtype(m.dtype, [&](auto* type) {
-    auto* image = static_cast<decltype(type)>(m.metric) + b * m.s_b;
-    unit_row(m, image + (m.p + i) * m.s_n, scratch.unit + (b * P + i) * m.width(), kChunk);
+    auto* image = static_cast<decltype(type)>(m.metric) + b * m.s_b + m.p * m.s_n;
+    for (int i = threadIdx.x / 8; i < kSide; i += kThreads / 8) {
+      float square = 0;
+      for (int d = first; i < count && d < m.width(); d += kChunk) {
+        float mean[8] = {};
+        add_heads(m, image + patch(i) * m.s_n + d, m.D - d, mean);
+#pragma unroll
+        for (int e = 0; e < 8; ++e) {
+          mean[e] *= per_head;
+          square = fmaf(mean[e], mean[e], square);
+        }
+      }
+      const float scale = unit_scale(square);
+      if (first == 0) scales[i] = scale;
+    }
   });
 }
 
-// Piece c of the unit rows of a side, and then zeros. unit: of the image.
-template <int kSide>
-__device__ __forceinline__ void stage_piece(const float* unit, int width, const Side& side, int c, float* to) {
-  constexpr int kWords = kChunk / 4;
-  for (int w = threadIdx.x; w < kSide * kWords; w += kThreads) {
-    const int i = w / kWords, d = c * kChunk + w % kWords * 4;
-    float4 word = make_float4(0, 0, 0, 0);
-    if (i < side.count && d < width) word = *reinterpret_cast<const float4*>(unit + int64_t(side.patch(i)) * width + d);
-    *reinterpret_cast<float4*>(to + i * kPitch + w % kWords * 4) = word;
+// Piece c of these unit rows, and then zeros.
+template <int kSide, typename Patch>
+__device__ __forceinline__ void stage_piece(const MatchBatch& m, int64_t b, Patch&& patch, int count, int c,
+                                            const float* scales, float* to) {
+  const int first = threadIdx.x % 8 * 8, d = c * kChunk + first;
+  const float per_head = 1.0f / m.H;
+  with_dtype(m.dtype, [&](auto* type) {
+    auto* image = static_cast<decltype(type)>(m.metric) + b * m.s_b + m.p * m.s_n;
+    for (int i = threadIdx.x / 8; i < kSide; i += kThreads / 8) {
+      float mean[8] = {};
+      if (i < count && d < m.width()) add_heads(m, image + patch(i) * m.s_n + d, m.D - d, mean);
+#pragma unroll
+      for (int e = 0; e < 8; ++e) mean[e] = mean[e] * per_head * scales[i];
+      float4* words = reinterpret_cast<float4*>(to + i * kPitch + first);
+      words[0] = make_float4(mean[0], mean[1], mean[2], mean[3]);
+      words[1] = make_float4(mean[4], mean[5], mean[6], mean[7]);
+    }
+  });
+}
+
+// find_edges of one tile of rows beyond D = 128, a piece of 64 elements at a time. room: shared, a tile of kSide
+// pieces and scales for each side.
+template <int kTile, typename F>
+__device__ __forceinline__ void find_deep_edges(const MatchBatch& m, int64_t b, bool back, const Side& rows,
+                                                const Side& columns, int i0, int j0, int j1, float* room, F&& f) {
+  constexpr int kSide = 16 * kTile, kPiece = kSide * kPitch;
+  BestEdges<kTile> best;
+  for (int j = j0; j < j1; j += kSide) {
+    float acc[kTile][kTile] = {}, total[kTile][kTile] = {};
+    for (int c = -1; c * kChunk < m.width(); ++c) {  // first the scales
+      __syncthreads();
+#pragma unroll 1
+      for (int s = c < 0 && j > j0 ? 1 : 0; s < 2; ++s) {  // rows, columns
+        const auto patch = [&](int n) { return s == 0 ? rows.patch(i0 + n) : columns.patch(j + n); };
+        const int count = s == 0 ? rows.count - i0 : j1 - j;
+        float* scales = room + 2 * kPiece + s * kSide;
+        if (c < 0)
+          stage_scales<kSide>(m, b, patch, count, scales);
+        else
+          stage_piece<kSide>(m, b, patch, count, c, scales, room + s * kPiece);
+      }
+      if (c < 0) continue;
+      __syncthreads();
+      add_products(room, room + kPiece, min(kChunk, m.width() - c * kChunk), acc);
+#pragma unroll
+      for (int i = 0; i < kTile; ++i)
+#pragma unroll
+        for (int k = 0; k < kTile; ++k) total[i][k] += acc[i][k], acc[i][k] = 0;
+    }
+    best.take(m, b, back, rows, columns, total, i0, j);
   }
+  best.reduce(i0, rows.count, f);
 }
 
 template <int kTile, bool kDeep>
@@ -68,37 +121,17 @@ __global__ void __launch_bounds__(kThreads, 2)
     edge_kernel(const MatchBatch m, const MatchScratch scratch, bool back, int row_tiles, int segment) {
   constexpr int kSide = 16 * kTile;
   const int64_t b = blockIdx.x / unsigned(row_tiles * scratch.segments);
-  const int item = blockIdx.x % unsigned(row_tiles * scratch.segments);
-  const int i0 = item / scratch.segments * kSide, s = item % scratch.segments, width = m.width();
+  const int item = blockIdx.x % unsigned(row_tiles * scratch.segments), s = item % scratch.segments;
   const Side rows = back ? side_b(m) : side_a(m);
   const Side columns = back ? side_kept(m, scratch.kept + b * m.kept()) : side_b(m);
-  const int end = min(columns.count, (s + 1) * segment);
-  const float* unit = scratch.unit + b * (m.N - m.p) * width;
-  float *tile_rows = reinterpret_cast<float*>(shared_memory()), *column_rows = tile_rows + kSide * kPitch;
-  BestEdges<kTile> best;
-  for (int j0 = s * segment; j0 < end; j0 += kSide) {
-    float acc[kTile][kTile] = {}, total[kDeep ? kTile : 1][kTile] = {};
-    for (int c = 0; c * kChunk < width; ++c) {
-      __syncthreads();
-      if (width > kChunk || j0 == s * segment)  // a single piece of the rows stays
-        stage_piece<kSide>(unit, width, rows.from(i0), c, tile_rows);
-      stage_piece<kSide>(unit, width, columns.from(j0), c, column_rows);
-      __syncthreads();
-      add_products(tile_rows, column_rows, min(kChunk, width - c * kChunk), acc);
-      if constexpr (kDeep) {
-#pragma unroll
-        for (int i = 0; i < kTile; ++i)
-#pragma unroll
-          for (int j = 0; j < kTile; ++j) total[i][j] += acc[i][j], acc[i][j] = 0;
-      }
-    }
-    if constexpr (kDeep)
-      best.take(m, b, back, rows, columns, total, i0, j0);
-    else
-      best.take(m, b, back, rows, columns, acc, i0, j0);
-  }
+  const int i0 = item / scratch.segments * kSide, j0 = s * segment, end = min(columns.count, j0 + segment);
   uint64_t* keys = scratch.keys + (b * scratch.segments + s) * rows.count;
-  best.reduce(i0, rows.count, [&](int i, uint64_t key) { keys[i] = key; });
+  const auto write = [&](int i, uint64_t key) { keys[i] = key; };
+  float* room = reinterpret_cast<float*>(shared_memory());
+  if constexpr (kDeep)
+    find_deep_edges<kTile>(m, b, back, rows, columns, i0, j0, end, room, write);
+  else
+    find_edges<kTile>(m, b, back, rows, columns, i0, min(rows.count, i0 + kSide), j0, end, false, room, write);
 }
 
 // The best edge of row i over all segments.
@@ -173,21 +206,21 @@ void launch_split(const MatchBatch& m, const Device& device, Launch&& launch, Sc
   const int side = 16 * (deep ? kDeepTile : kEdgeTile);
   const EdgeGrid grid(device, side, m.B, m.rows_a(), m.rows_b());
   const EdgeGrid back = two_way ? EdgeGrid(device, side, m.B, m.rows_b(), m.kept()) : grid;
-  const int64_t unit = unit_bytes(m), tile_bytes = 2 * side * kPitch * int64_t(sizeof(float));
+  const int64_t floats = 2 * (deep ? side * (kPitch + 1) : tile_floats(m, side));
+  const int64_t shared = floats * int64_t(sizeof(float));
   const int segments = back.segments > grid.segments ? back.segments : grid.segments;
   const int64_t keys = m.B * segments * m.rows() * int64_t(sizeof(uint64_t));
   const int64_t kept = two_way ? m.B * m.kept() * int64_t(sizeof(int)) : 0;
-  char* memory = static_cast<char*>(scratch(unit + keys + kept));
-  MatchScratch s{reinterpret_cast<float*>(memory), reinterpret_cast<uint64_t*>(memory + unit),
-                 two_way ? reinterpret_cast<int*>(memory + unit + keys) : nullptr, grid.segments};
-  const int unit_groups = ceil_div(m.N - m.p, kThreads / 8), groups = ceil_div(m.N - m.p, kThreads);
+  char* memory = static_cast<char*>(scratch(keys + kept));
+  MatchScratch s{reinterpret_cast<uint64_t*>(memory), two_way ? reinterpret_cast<int*>(memory + keys) : nullptr,
+                 grid.segments};
   const auto edges = deep ? edge_kernel<kDeepTile, true> : edge_kernel<kEdgeTile, false>;
-  launch(unit_kernel, m.B * unit_groups, kThreads, 0, m, s, unit_groups);
-  launch(edges, m.B * grid.row_tiles * grid.segments, kThreads, tile_bytes, m, s, false, grid.row_tiles, grid.segment);
+  launch(edges, m.B * grid.row_tiles * grid.segments, kThreads, shared, m, s, false, grid.row_tiles, grid.segment);
   launch(select_kernel, m.B, kSelectThreads, 2 * kWarp * int64_t(sizeof(int)), m, s);
   if (!two_way) return;
+  const int groups = ceil_div(m.N - m.p, kThreads);
   s.segments = back.segments;
-  launch(edges, m.B * back.row_tiles * back.segments, kThreads, tile_bytes, m, s, true, back.row_tiles, back.segment);
+  launch(edges, m.B * back.row_tiles * back.segments, kThreads, shared, m, s, true, back.row_tiles, back.segment);
   launch(follow_kernel, m.B * groups, kThreads, kThreads * int64_t(sizeof(uint64_t)), m, s, groups);
 }
 
@@ -198,17 +231,20 @@ void launch_match(const MatchBatch& m, const Device& device, Launch&& launch, Sc
   // The smallest tile of at least 4 that walks the rows in as many steps as the largest, 7, would.
   const int tile = rows <= 64 ? 4 : ceil_div(rows, 16 * ceil_div(rows, 16 * 7));
   const bool identity = m.r + m.r_b == 0;
-  const int64_t shared = identity ? 0 : MatchShared(m, 16 * tile).bytes;
-  // One block an image reads the keys once; from 128 rows on its products take longer than a launch (by arithmetic, not
-  // measured), so it must find company on at least half of the multiprocessors.
-  const bool one_block = rows <= 320 && m.width() <= 2 * kChunk && shared <= device.shared_bytes &&
-                         (rows <= 128 || 2 * m.B >= device.multiprocessors);
+  // Rows b are resident where a multiprocessor still holds two blocks; each takes 1 KB more.
+  const int64_t all = MatchShared(m, 16 * tile, true).bytes, system = 1024;
+  const bool resident = 2 * (all + system) <= device.shared_bytes + system;
+  const int64_t shared = identity ? 0 : resident ? all : MatchShared(m, 16 * tile, false).bytes;
+  // One block an image reads the keys once, or once a tile of rows a. From 128 rows on its products take longer than a
+  // launch (by arithmetic, not measured), so three quarters of the multiprocessors must have one.
+  const bool one_block = rows <= 512 && m.width() <= 2 * kChunk && shared <= device.shared_bytes &&
+                         (rows <= 128 || 4 * m.B >= 3 * int64_t(device.multiprocessors));
   if (one_block || identity) {
     switch (tile) {
-      case 4: return launch(match_kernel<4>, m.B, kThreads, shared, m);
-      case 5: return launch(match_kernel<5>, m.B, kThreads, shared, m);
-      case 6: return launch(match_kernel<6>, m.B, kThreads, shared, m);
-      default: return launch(match_kernel<7>, m.B, kThreads, shared, m);
+      case 4: return launch(match_kernel<4>, m.B, kThreads, shared, m, resident);
+      case 5: return launch(match_kernel<5>, m.B, kThreads, shared, m, resident);
+      case 6: return launch(match_kernel<6>, m.B, kThreads, shared, m, resident);
+      default: return launch(match_kernel<7>, m.B, kThreads, shared, m, resident);
     }
   }
   launch_split(m, device, launch, scratch);

@@ -9,7 +9,7 @@
 using namespace tokred;
 
 template <typename T>
-static void match(Dtype dtype, int B, int H, int N, int D, int r, int p, bool weighted, bool one_block, int r_b = 0) {
+static void match(Dtype dtype, int B, int H, int N, int D, int r, int p, bool weighted, int64_t shared, int r_b = 0) {
   Buffer<T> metric = normal<T>(size_t(B) * N * H * D);  // [B, N, H, D]
   Buffer<float> weight = normal<float>(size_t(B) * N);
   Buffer<int32_t> assign(size_t(B) * N);
@@ -29,7 +29,7 @@ static void match(Dtype dtype, int B, int H, int N, int D, int r, int p, bool we
                2.0f,
                dtype,
                D * sizeof(T) % 16 == 0};
-  emulate_match(m, one_block ? Device{1, 227 << 10} : Device{1, 0});
+  emulate_match(m, {1, shared});
   printf("match N=%d D=%d r=%d+%d: %08x\n", N, D, r, r_b, hash(assign));
 }
 
@@ -107,18 +107,21 @@ static void gather_norm(int B, int N, int copied, int C, bool mean) {
 
 int main(int, char** arguments) {
   simt::seed(unsigned(atoi(arguments[1])));
-  match<float>(Dtype::kFloat, 2, 1, 31, 5, 9, 0, false, true);
-  match<__half>(Dtype::kHalf, 1, 3, 50, 16, 9, 1, true, true);
-  match<__nv_bfloat16>(Dtype::kBFloat16, 1, 2, 150, 72, 40, 5, false, true);
-  match<float>(Dtype::kFloat, 1, 1, 500, 4, 200, 2, false, true);
-  match<float>(Dtype::kFloat, 2, 2, 41, 12, 0, 1, false, true);
-  match<float>(Dtype::kFloat, 1, 2, 290, 12, 77, 1, true, false);
-  match<__half>(Dtype::kHalf, 2, 1, 45, 136, 20, 2, false, false);
-  match<float>(Dtype::kFloat, 2, 1, 31, 5, 4, 0, false, true, 5);
-  match<__half>(Dtype::kHalf, 1, 3, 50, 16, 0, 1, true, true, 1);
-  match<__nv_bfloat16>(Dtype::kBFloat16, 1, 2, 140, 72, 36, 5, false, true, 36);
-  match<float>(Dtype::kFloat, 1, 2, 190, 12, 38, 1, true, false, 39);
-  match<__half>(Dtype::kHalf, 2, 1, 45, 136, 10, 2, false, false, 10);
+  // Of a device: one with room for all rows b, one without, and one that needs several blocks an image.
+  constexpr int64_t kMuch = 512 << 10, kLittle = 99 << 10, kNone = 0;
+  match<float>(Dtype::kFloat, 2, 1, 31, 5, 9, 0, false, kMuch);
+  match<__half>(Dtype::kHalf, 1, 3, 50, 16, 9, 1, true, kMuch);
+  match<__nv_bfloat16>(Dtype::kBFloat16, 1, 2, 150, 72, 40, 5, false, kMuch);
+  match<float>(Dtype::kFloat, 1, 1, 500, 4, 200, 2, false, kMuch);
+  match<float>(Dtype::kFloat, 1, 1, 300, 4, 60, 1, false, kLittle, 30);
+  match<float>(Dtype::kFloat, 2, 2, 41, 12, 0, 1, false, kMuch);
+  match<float>(Dtype::kFloat, 1, 2, 290, 12, 77, 1, true, kNone);
+  match<__half>(Dtype::kHalf, 2, 1, 45, 136, 20, 2, false, kNone);
+  match<float>(Dtype::kFloat, 2, 1, 31, 5, 4, 0, false, kMuch, 5);
+  match<__half>(Dtype::kHalf, 1, 3, 50, 16, 0, 1, true, kMuch, 1);
+  match<__nv_bfloat16>(Dtype::kBFloat16, 1, 2, 140, 72, 36, 5, false, kMuch, 36);
+  match<float>(Dtype::kFloat, 1, 2, 190, 12, 38, 1, true, kNone, 39);
+  match<__half>(Dtype::kHalf, 2, 1, 45, 136, 10, 2, false, kNone, 10);
   merge<float>(2, 23, 11, 24, kReduceMean, false, 4);
   merge<float>(1, 40, 1, 7, kReduceSum, true, 0);
   merge<__half>(2, 23, 11, 264, kReduceMean, true, 0);

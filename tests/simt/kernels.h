@@ -42,7 +42,7 @@ inline ScratchMemory scratch_memory(int64_t bytes) {
   return memory;
 }
 
-// Returns the scratch memory, whose end holds the edges; none where one block an image does it all.
+// Returns the scratch memory, which begins with the edges; none where one block an image does it all.
 inline ScratchMemory emulate_match(const MatchBatch& m, const Device& device) {
   ScratchMemory scratch;
   launch_match(m, device, Launcher{std::max(device.shared_bytes, Launcher{}.shared_limit)}, [&](int64_t bytes) {

@@ -28,7 +28,7 @@ static std::vector<uint64_t> match(uintptr_t metric, uintptr_t weight, uintptr_t
   m.dtype = static_cast<Dtype>(dtype), m.aligned = aligned;
   const auto scratch = emulate_match(m, {multiprocessors, shared_bytes});
   if (!scratch) return {};
-  const uint64_t* keys = reinterpret_cast<const uint64_t*>(scratch.get() + unit_bytes(m));
+  const uint64_t* keys = reinterpret_cast<const uint64_t*>(scratch.get());
   return {keys, keys + m.B * m.rows_a()};
 }
 

@@ -37,7 +37,8 @@ def insert(readme: str, markdown: str) -> str:
 
 
 def _parts(result: dict) -> tuple[str, ...]:
-    return _provenance(result), _grid(result) if "parts" in result else _models(result), _goals(result)
+    models = _grid(result) if "parts" in result else _models(result)
+    return _provenance(result), models, _methods(result), _goals(result)
 
 
 def _provenance(result: dict) -> str:
@@ -65,6 +66,18 @@ def _models(result: dict) -> str:
             cells = (f"{row['images_per_second']:.3g}", f"{row['speedup']:.2f}x", *efficiency)
             rows.append(f"| {title} | {case['batch_size']} | {label} | {' | '.join(cells)} |")
     return "\n".join(rows) if len(rows) > 2 else ""
+
+
+def _methods(result: dict) -> str:
+    rows = [
+        "| method, keep rate | GMACs an image | images/s | speed-up | RE_sdpa |",
+        "|---|---|---|---|---|",
+    ]
+    for row in result.get("methods", ()):
+        name = row["method"] + " \\*" * row["untrained"]
+        speed = f"{row['images_per_second']:.3g} | {row['speedup']:.2f}x | {row['re_sdpa']:.3f}"
+        rows.append(f"| {name}, {row['keep_rate']:g} | {row['macs'] / 1e9:.2f} | {speed} |")
+    return "\n".join(rows) + "\n\n\\* has learned parts, random here" if len(rows) > 2 else ""
 
 
 def _grid(result: dict) -> str:

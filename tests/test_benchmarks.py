@@ -308,3 +308,15 @@ class TestReadmeTable:
     def test_readme_without_a_pair_of_markers_is_refused(self, readme):
         with pytest.raises(ValueError, match="table:begin"):
             readme_table.insert(readme, "new")
+
+    def test_holds_every_method_that_was_compared(self):
+        row = {
+            "method": "dpcknn",
+            "keep_rate": 0.7,
+            "untrained": True,
+            "macs": 2_880_000_000,
+            "images_per_second": 22.5,
+        }
+        text = readme_table.table([{**recorded(), "methods": [{**row, "speedup": 1.561, "re_sdpa": 0.9618}]}])
+        assert "| dpcknn \\*, 0.7 | 2.88 | 22.5 | 1.56x | 0.962 |" in text
+        assert "|" not in text.split("has learned parts")[1].splitlines()[0]

@@ -13,7 +13,7 @@
 //   sm_90                                    registers   blocks an SM   shared memory at C = 384
 //   add_topk_gather_norm_kernel<float, 4>           72              3                      22 KB
 //   add_topk_gather_norm_kernel<half, 8>            72              3                      16 KB
-//   add_topk_gather_norm_kernel<bfloat16, 8>        78              3                      16 KB
+//   add_topk_gather_norm_kernel<bfloat16, 8>        72              3                      16 KB
 //   add_topk_gather_norm_kernel<*, 1>          70 - 72              3                      10 KB
 #pragma once
 #include "topk_gather.cuh"

@@ -10,7 +10,7 @@
 //   sm_90                           registers   blocks an SM   shared memory
 //   topk_gather_kernel<float, 4>           56              4           10 KB
 //   topk_gather_kernel<half, 8>            56              4
-//   topk_gather_kernel<bfloat16, 8>        60              4
+//   topk_gather_kernel<bfloat16, 8>        56              4
 //   topk_gather_kernel<*, 1>          55 - 56              4
 #pragma once
 #include "merge.cuh"

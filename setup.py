@@ -52,9 +52,9 @@ def extensions():
             libraries=libraries,
             extra_compile_args={
                 "cxx": [*cxx, "-std=c++17", "-DTORCH_TARGET_VERSION=0x020a000000000000", *host],
-                "nvcc": ["-O3", "-std=c++17", "--compress-mode=size", "--expt-relaxed-constexpr"]
+                "nvcc": ["-std=c++17", "--compress-mode=size", "--expt-relaxed-constexpr"]
                 + gencode(os.environ.get("TORCH_CUDA_ARCH_LIST", ""))
-                + [f"-Xcompiler={flag}" for flag in host],
+                + [f"-Xcompiler={flag}" for flag in ["-Os", *host]],
             },
             extra_link_args=["-Wl,-s"],
             py_limited_api=True,

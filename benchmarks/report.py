@@ -222,6 +222,7 @@ def main(argv: list[str] | None = None) -> int:
         result = json.loads(path.read_text())
     else:
         result = measure(args.rounds)
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(result, indent=2) + "\n")
     print(text(result, results.gpu_figures(results.saved())))
     failed = [goal.id for goal in goals.CPU if goal.verdict(result["figures"].get(goal.id)) == "FAIL"]

@@ -137,7 +137,7 @@ def test_attention_dropout_acts_in_training_only_and_through_sdpa(calls):
 
 @pytest.mark.parametrize("method, options", [("tome", {"r": 2}), ("evit", {"keep_rate": 0.7, "stages": (1,)})])
 def test_inference_does_not_run_pythons_autograd_layer(method, options):
-    """It is 2 to 3 % of DeiT-S at one image; with gradients on it has to run."""
+    """With gradients on it has to run."""
     model, entered = tokred.apply(tiny("deit"), method, **options).eval(), []
 
     def watch(frame, event, _):

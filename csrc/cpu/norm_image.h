@@ -44,7 +44,7 @@ struct Tokens {
 };
 
 // sum_c (row_c - from)^kPower / C; added up in kChains times the lanes, which are added up pairwise: one chain would
-// wait for each addition, and that was 40 % of add_merge_norm.
+// wait for each addition, and that was a third of add_merge_norm.
 template <int kPower, class E>
 Wide<E> moment(const E* row, int64_t C, Wide<E> from) {
   using T = Wide<E>;

@@ -83,7 +83,7 @@ def interleave(
         if i >= 3 and time.perf_counter() - start > max_seconds:
             break
         # In another order each time: a forward after one of the same shapes, in its caches, is 1 to 2 % faster. The
-        # first forward after another model's is 1 to 2 % slower than the next ones, which are what repeated use is.
+        # first forward after another model's is up to 2 % slower than the next ones, which are what repeated use is.
         for name in order.sample(names, len(names)):
             candidates[name]()
             seconds[name].append(sample(candidates[name], repeats[name]))

@@ -8,9 +8,8 @@ import torch
 def without_autograd() -> contextlib.AbstractContextManager:
     """A context for calls of our ops in inference: torch's autograd layer, which is Python, is not run.
 
-    Under no_grad that layer only passes a call on. That takes 8 us alone and three times as long in the middle of a
-    model, whose caches hold other code: with two such calls a block 2 to 3 % of DeiT-S at one image. Where gradients
-    are on, and in a graph that is being captured, it does nothing.
+    Under no_grad that layer only passes a call on. That takes 8 us alone and longer amid a model, whose caches hold
+    other code. Where gradients are on, and under torch.compile, this context does nothing.
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return contextlib.nullcontext()

@@ -6,7 +6,7 @@
 //
 // 1. logits [keys][kQueryTile] = k q^T, and m.
 // 2. masses: 2^(f s - m) size, and their sum l.
-// 3. by-products: the class token's row is lane 0 of the first tile; a column sum adds mass / l lane by lane.
+// 3. by-products: the class token's row is lane 0 of the first tile; a column sum adds the lanes of mass / l.
 // 4. out = mass^T v, times 1 / l as it is written.
 //
 // Products (1 and 4) are a class of their own: attention_vector.h, attention_amx.h. Up to kKeyBlock keys are packed at
@@ -60,7 +60,7 @@ class AttentionHead {
         one_block_(batch.N <= kKeyBlock),
         block_(one_block_ ? batch.N : kKeyBlock),
         rows_(one_block_ ? kTile : batch.chunk_rows),
-        columns_(batch.scores == kScoresMean ? round_up(block_, W) * W : 0),
+        columns_(batch.scores == kScoresMean ? block_ : 0),
         factor_(splat(T(batch.scale * kLog2E))),
         scratch_(Products::bytes(batch, block_) + Scratch::bytes<T>(block_) + Scratch::bytes<int32_t>(block_) +
                  Scratch::bytes<T>(Products::padded_rows(block_) * kTile) + Scratch::bytes<T>(columns_) +
@@ -231,26 +231,33 @@ class AttentionHead {
     else
       add_masses<kVectors, false>(count, share);
   }
-  // column_ += mass_ share, lane by lane; kAll: every lane holds a query.
+  // column_ += mass_ share, the lanes of W keys summed at a time; kAll: every lane holds a query.
   template <int kVectors, bool kAll>
   void add_masses(int64_t count, const T* share) {
-    const T* mass = mass_;
-    T* column = column_;
     Vec<T> of[kVectors];
     Index<T> held[kVectors];
     for (int u = 0; u < kVectors; ++u) {
       held[u] = lanes_below<T>(count - u * W);
       of[u] = held[u] ? load(share + u * W) : Vec<T>{};
     }
-    const int64_t n = n_;
-    for (int64_t j = 0; j < n; ++j) {
-      Vec<T> sum = load(column + j * W);
+    const auto key = [&](const T* mass) __attribute__((always_inline)) {
+      Vec<T> sum = {};
       for (int u = 0; u < kVectors; ++u) {
-        const Vec<T> p = load(mass + j * kTile + u * W);
+        const Vec<T> p = load(mass + u * W);
         sum += (kAll ? p : held[u] ? p : Vec<T>{}) * of[u];
       }
-      store(column + j * W, sum);
+      return sum;
+    };
+    const T* mass = mass_;
+    T* column = column_;
+    int64_t j = 0;
+    for (; j + W <= n_; j += W, mass += W * kTile) {
+      Vec<T> sums[W];
+#pragma GCC unroll 16
+      for (int r = 0; r < W; ++r) sums[r] = key(mass + r * kTile);
+      store(column + j, load(column + j) + sum_rows<T>(sums));
     }
+    for (; j < n_; ++j, mass += kTile) column[j] += sum_lanes<T>(key(mass));
   }
 
   void emit_again(int64_t i, int64_t row) {
@@ -276,15 +283,8 @@ class AttentionHead {
     emit<kVectors>(i, count, share);
   }
 
-  // partial_ += the lanes of column_, W keys at a time: a transpose makes the sums vertical.
   void add_columns() {
-    T square[W * W];
-    for (int64_t j = 0; j < n_; j += W) {
-      transpose<T>(column_ + j * W, W, square, W);
-      Vec<T> sum = load(square);
-      for (int l = 1; l < W; ++l) sum += load(square + l * W);
-      for (int l = 0; l < W && j + l < n_; ++l) partial_[index_[j + l]] += sum[l];
-    }
+    for (int64_t j = 0; j < n_; ++j) partial_[index_[j]] += column_[j];
     memset(column_, 0, columns_ * sizeof(T));
   }
 

@@ -206,6 +206,27 @@ inline void transpose(const T* from, int64_t from_row, T* to, int64_t to_row) {
   }
 }
 
+// Lane l of the result is the sum of the lanes of row[l]: neighbours within each 16 bytes first, then neighbouring 16
+// bytes, so that most shuffles stay within a quarter.
+template <class T>
+inline Vec<T> sum_rows(Vec<T> (&row)[kLanes<T>]) {
+  constexpr int W = kLanes<T>, q = 16 / sizeof(T);
+#pragma GCC unroll 4
+  for (int count = W; count > 1; count /= 2) {
+    const bool within = count > W / q;
+    Index<T> even, odd;
+    for (int l = 0; l < W; ++l) {
+      const int second = within ? l % q / (q / 2) * W : 0;  // the rest of the quarters of both, one after another
+      even[l] = within ? second + l / q * q + l % (q / 2) * 2 : l / q * 2 * q + l % q;
+      odd[l] = even[l] + (within ? 1 : q);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < count / 2; ++i)
+      row[i] = shuffle<T>(row[2 * i], row[2 * i + 1], even) + shuffle<T>(row[2 * i], row[2 * i + 1], odd);
+  }
+  return row[0];
+}
+
 constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 // One allocation for all scratch arrays of an image; each begins on a vector boundary. Under AddressSanitizer every

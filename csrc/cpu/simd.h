@@ -209,7 +209,7 @@ inline void transpose(const T* from, int64_t from_row, T* to, int64_t to_row) {
 // Lane l of the result is the sum of the lanes of row[l]: neighbours within each 16 bytes first, then neighbouring 16
 // bytes, so that most shuffles stay within a quarter.
 template <class T>
-inline Vec<T> sum_rows(Vec<T> (&row)[kLanes<T>]) {
+__attribute__((always_inline)) inline Vec<T> sum_rows(Vec<T> (&row)[kLanes<T>]) {
   constexpr int W = kLanes<T>, q = 16 / sizeof(T);
 #pragma GCC unroll 4
   for (int count = W; count > 1; count /= 2) {

@@ -10,10 +10,13 @@ does a part. Uses the Python that runs it, downloads nothing.
 """
 
 import argparse
+import contextlib
+import importlib.util
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -24,36 +27,56 @@ from pathlib import Path
 from . import goals, readme_table, results
 
 SECONDS = 530  # for everything: nine minutes less the time to finish writing
-TAIL = 4000  # characters of a step's output that are kept
+TAIL = 20_000  # characters of a step's output that are kept
 TOOLS = ("memcheck", "racecheck", "synccheck")
-STEPS = ("build", "tests", "measure", *TOOLS)
+TESTS = {"tests": 200, "models": 120}  # of the ops, and of whole models
+STEPS = ("build", *TESTS, "measure", *TOOLS)
+ENVIRONMENT = {"TOKRED_BUILD": "cuda", "COLUMNS": "240"}  # a line of pytest's summary has room for its reason
 
 
 @dataclass(frozen=True)
 class Step:
-    """A command ({seconds} stands for its time), the longest it may take, and the time that must be left for it."""
+    """A command ({seconds} stands for its time), the longest it may take, the time that must be left for it, and what
+    is added to do again only what failed."""
 
     name: str
     command: tuple[str, ...]
     limit: float
     needs: float = 10.0
+    again: tuple[str, ...] = ()
 
 
 def plan(measured: Path, only: str = "", resume: bool = False) -> list[Step]:
     """What is done, in order; `measured` receives the figures."""
     python, sanitizer = sys.executable, find_sanitizer()
+    # A test module that cannot be imported here (a missing package) must not keep the others from running.
+    pytest = ("-m", "pytest", "-m", "gpu", "-q", "--tb=short", "--continue-on-collection-errors", *in_parallel())
     # The measurement watches the clock itself, so that what it has is never lost.
     measure = [python, "-m", "benchmarks.gpu_measure", str(measured), "{seconds}", "--only", only]
     steps = [
         Step("build", (python, "setup.py", "build_ext", "--inplace"), 150),
-        # A test module that cannot be imported here (a missing package) must not keep the others from running.
-        Step("tests", (python, "-m", "pytest", "-m", "gpu", "-q", "--continue-on-collection-errors"), 180),
+        *(Step(name, (python, *pytest, *test_files(name)), limit, again=("--lf",)) for name, limit in TESTS.items()),
         Step("measure", (*measure, *(["--resume"] if resume else [])), SECONDS, needs=60),
     ]
     for tool in TOOLS if sanitizer else ():
         command = (sanitizer, "--tool", tool, "--error-exitcode", "9", python, "-m", "benchmarks.sanitize")
         steps.append(Step(tool, command, 240, needs=60))
     return steps
+
+
+def test_files(step: str) -> list[str]:
+    """The files with tests for a GPU, of the ops or of whole models. Collecting all others takes a minute."""
+    mark = re.compile(r"^(@|pytestmark = ).*\bpytest\.mark\.gpu\b", re.M)
+    marked = [path for path in (results.ROOT / "tests").glob("test_*.py") if mark.search(path.read_text())]
+    wanted = [path for path in marked if path.name.startswith("test_gpu_") == (step == "tests")]
+    return sorted(str(path.relative_to(results.ROOT)) for path in wanted)
+
+
+def in_parallel() -> tuple[str, ...]:
+    """pytest's options: most of the tests' time is the oracles and a thousand compilations by Triton, on the CPU."""
+    if importlib.util.find_spec("xdist") is None:
+        return ()
+    return "-n", str(min(16, os.cpu_count() or 1)), "--dist", "loadgroup"
 
 
 def find_sanitizer() -> str | None:
@@ -68,25 +91,29 @@ def run_step(step: Step, seconds_left: float) -> dict:
     if seconds_left < step.needs:
         return {"status": f"not started: {seconds_left:.0f} s left", "seconds": 0.0, "tail": ""}
     limit = min(step.limit, seconds_left)
+    command = [part.replace("{seconds}", str(int(limit))) for part in step.command]
     start = time.monotonic()
     try:
-        done = subprocess.run(
-            [part.replace("{seconds}", str(int(limit))) for part in step.command],
-            cwd=results.ROOT,
-            env={**os.environ, "TOKRED_BUILD": "cuda"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            timeout=limit,
-        )
-        status = "ok" if done.returncode == 0 else f"exit status {done.returncode}"
-        output = done.stdout
-    except subprocess.TimeoutExpired as error:
-        status, output = f"stopped after {limit:.0f} s", (error.output or b"").decode(errors="replace")
+        status, output = _watched(command, limit)
     except OSError as error:
-        status, output = f"not started: {error}", ""
-    return {"status": status, "seconds": round(time.monotonic() - start, 1), "tail": output[-TAIL:]}
+        status, output = f"not started: {error}", b""
+    tail = output.decode(errors="replace")[-TAIL:]
+    return {"status": status, "seconds": round(time.monotonic() - start, 1), "tail": tail}
+
+
+def _watched(command: list[str], limit: float) -> tuple[str, bytes]:
+    """How a command ended, and its output. Nothing that it started outlives it: it would disturb the next."""
+    env = {**os.environ, **ENVIRONMENT}
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with subprocess.Popen(command, cwd=results.ROOT, env=env, start_new_session=True, **streams) as process:
+        try:
+            output, _ = process.communicate(timeout=limit)
+        except subprocess.TimeoutExpired as error:
+            return f"stopped after {limit:.0f} s", error.output or b""
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    return "ok" if process.returncode == 0 else f"exit status {process.returncode}", output
 
 
 def outcomes(tail: str) -> dict[str, int]:
@@ -143,12 +170,17 @@ def carry_out(path: Path, steps: list[Step], chosen: Sequence[str], resume: bool
     old = json.loads(path.read_text()) if path.exists() else {}
     done = old.get("steps", {}) if old.get("commit") == commit else {}
     for step in steps:
-        if step.name not in chosen or (resume and done.get(step.name, {}).get("status") == "ok"):
+        before = done.get(step.name, {}).get("status") if resume else None
+        if step.name not in chosen or before == "ok":
             continue
+        if before == "exit status 1":  # of pytest: all has run, and something failed
+            step = replace(step, command=step.command + step.again)
+        elif before and before.startswith("stopped"):
+            step = replace(step, limit=SECONDS)
         print(f"{step.name} ...", flush=True)
         step = replace(step, limit=SECONDS) if len(chosen) == 1 else step  # the command is its own
         outcome = run_step(step, deadline - time.monotonic())
-        if step.name == "tests":
+        if step.name in TESTS:
             outcome["counts"] = outcomes(outcome["tail"])
         done[step.name] = outcome
         save(path, commit, done)

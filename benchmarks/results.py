@@ -34,7 +34,10 @@ def commit() -> str:
     """The commit that is checked out, and whether files differ from it; results are not counted."""
 
     def git(*arguments: str) -> str:
-        return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True).stdout.strip()
+        try:
+            return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True).stdout.strip()
+        except FileNotFoundError:  # a rented machine may have neither git nor a repository
+            return ""
 
     # A measurement writes these two itself.
     changed = git("status", "--porcelain", "--untracked-files=no", "--", ":!benchmarks/results", ":!README.md")

@@ -1,10 +1,13 @@
 """Fixtures shared by all tests."""
 
 import os
+import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 # Two workers of two threads on two cores: threads that spin while they wait make the tests five times as slow.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+if "PYTEST_XDIST_WORKER" in os.environ:  # each worker would start a compiler for every core
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 import pytest
 import torch
@@ -16,6 +19,7 @@ import tokred_kernels as tokred
 def pytest_collection_modifyitems(items):
     """Tests marked gpu are skipped, with the reason, where there is no device."""
     if torch.cuda.is_available():
+        torch.backends.cudnn.allow_tf32 = False  # what they compare with, the CPU's float32, has 13 bits more
         return
     skip = pytest.mark.skip(reason="needs an NVIDIA GPU, torch sees none")
     for item in items:
@@ -29,6 +33,21 @@ def threads():
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def device(request):
+    """After a fault of the device nothing runs in this process: xdist goes on in another, else the tests end here."""
+    yield
+    if request.node.get_closest_marker("gpu") is None:
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        print(f"{request.node.nodeid}: the device is lost: {error}", file=sys.__stderr__, flush=True)
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            os._exit(1)
+        pytest.exit("the device is lost", 1)
 
 
 @pytest.fixture

@@ -79,6 +79,26 @@ class TestGpuDriver:
         outcome = gpu.run_step(self.step("import time; print('here', flush=True); time.sleep(60)", limit=1), 99)
         assert outcome["status"] == "stopped after 1 s" and outcome["tail"] == "here\n"
 
+    def test_nothing_that_a_step_started_outlives_it(self, tmp_path):
+        """xdist's workers would still be on the GPU while the next step measures."""
+        child = f"import time; time.sleep(3); open({str(tmp_path / 'alive')!r}, 'w')"
+        gpu.run_step(
+            self.step(f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])", limit=1), 99
+        )
+        time.sleep(3.5)
+        assert not list(tmp_path.iterdir())
+
+    def test_what_failed_or_was_stopped_before_is_done_again(self, tmp_path):
+        path, later = tmp_path / "gpu.json", time.monotonic() + 60
+        script = "import sys; print(sys.argv[1:], {seconds}); sys.exit(len(sys.argv) == 1)"
+        step = gpu.Step("tests", (sys.executable, "-c", script), 10, 0, again=("--lf",))
+        gpu.carry_out(path, [step], ["tests", "build"], False, later)
+        again = gpu.carry_out(path, [step], ["tests", "build"], True, later)["steps"]["tests"]
+        assert again["status"] == "ok" and again["tail"] == "['--lf'] 10\n"
+        gpu.save(path, results.commit(), {"tests": {"status": "stopped after 10 s"}})
+        again = gpu.carry_out(path, [step], ["tests", "build"], True, later)["steps"]["tests"]
+        assert again["status"] == "exit status 1" and again["tail"].startswith("[] 5")  # all the time that is left
+
     def test_a_missing_program_is_recorded(self):
         outcome = gpu.run_step(gpu.Step("step", ("/nowhere/nvcc",), 5, 1), 99)
         assert outcome["status"].startswith("not started")
@@ -91,9 +111,16 @@ class TestGpuDriver:
         monkeypatch.setattr(gpu, "find_sanitizer", lambda: "/opt/compute-sanitizer")
         steps = gpu.plan(tmp_path / "out")
         assert tuple(step.name for step in steps) == gpu.STEPS
-        assert steps[2].command[-2:] == ("--only", "") and gpu.plan(tmp_path, "row", True)[2].command[-1] == "--resume"
-        before = sum(step.limit for step in steps[:2])
-        assert before + 180 < gpu.SECONDS  # what there is for measuring after a slow build and slow tests
+        assert steps[3].command[-2:] == ("--only", "") and gpu.plan(tmp_path, "row", True)[3].command[-1] == "--resume"
+        before = sum(step.limit for step in steps[:3])
+        assert before + steps[3].needs <= gpu.SECONDS  # a slow build and slow tests leave some time for measuring
+
+    def test_the_two_steps_of_tests_have_every_test_for_a_gpu(self):
+        tests = results.ROOT / "tests"
+        marked = {f"tests/{path.name}" for path in tests.glob("*.py") if "mark.gpu" in path.read_text()}
+        ops, models = (set(gpu.test_files(step)) for step in gpu.TESTS)
+        assert ops | models == marked - {"tests/test_benchmarks_gpu.py"} and not ops & models
+        assert "tests/test_gpu_triton.py" in ops and "tests/test_models_device.py" in models
 
     def test_pytest_summary(self):
         tail = "FAILED tests/x.py::test_3 passed\n3 failed, 41 passed, 2 skipped, 900 deselected, 1 error in 61.20s\n"

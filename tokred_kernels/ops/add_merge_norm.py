@@ -59,19 +59,19 @@ def _setup_context(ctx, inputs, keyword_only_inputs, output):
     ctx.eps = keyword_only_inputs["eps"]
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(assign, size, output[1], norm_weight, norm_bias, output[0])
+    ctx.save_for_backward(assign, size, norm_weight, norm_bias, output[0])
 
 
 @once_differentiable
 def _backward(ctx, grad_out, _grad_size, grad_normed):
-    assign, size, size_out, norm_weight, norm_bias, out = ctx.saved_tensors
+    assign, size, norm_weight, norm_bias, out = ctx.saved_tensors
     needs = ctx.needs_input_grad
     tokens = any(needs[:2])
     grads = [None, None]
     if grad_normed is not None:
         grad_row, *grads = norm_grads(grad_normed, out, norm_weight, norm_bias, ctx.eps, (tokens, *needs[4:6]))
         grad_out = grad_row if grad_out is None or grad_row is None else grad_out + grad_row
-    grad = None if grad_out is None or not tokens else mean_grad(grad_out, assign, size, size_out)
+    grad = None if grad_out is None or not tokens else mean_grad(grad_out, assign, size)
     return grad, grad, None, None, *grads, None
 
 

@@ -45,14 +45,14 @@ def _setup_context(ctx, inputs, output):
     _, size_out, assign = output
     ctx.mark_non_differentiable(size_out, assign)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(assign, inputs[4], size_out)
+    ctx.save_for_backward(assign, inputs[4])
 
 
 @once_differentiable
 def _backward(ctx, grad, _grad_size, _grad_assign):
-    assign, size, size_out = ctx.saved_tensors
-    grad_x = None if grad is None else mean_grad(grad, assign, size, size_out)
-    return grad_x, None, None, None, None
+    if grad is None:
+        return None, None, None, None, None
+    return mean_grad(grad, *ctx.saved_tensors), None, None, None, None
 
 
 torch.library.register_autograd("tokred::match_merge", _backward, setup_context=_setup_context)

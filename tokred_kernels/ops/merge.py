@@ -55,16 +55,20 @@ def _fake(x, assign, m, size=None, weight=None, *, reduce="mean"):
     return x.new_empty(x.shape[0], m, x.shape[2]), x.new_empty(x.shape[0], m, dtype=wide)
 
 
-def mean_grad(grad: Tensor, assign: Tensor, w: Tensor | None, total: Tensor) -> Tensor:
-    """d mean / d x: grad [B, m, C] gathered to [B, N, C], times w_i / sum w; total [B, m] is sum w."""
-    back = unmerge(grad, assign)
-    if w is None:  # total is the number of members
-        return (back * unmerge(total.reciprocal()[..., None], assign)).to(grad.dtype)
-    count = merge(grad.new_empty(*assign.shape, 0), assign, grad.shape[1])[1]
-    plain = (total == 0) | (count == 1)  # the plain mean and the exact copy do not depend on w
-    share = unmerge(torch.where(plain, count, total).reciprocal()[..., None], assign)
-    w = torch.where(unmerge(plain.to(total.dtype)[..., None], assign) > 0, 1, w.to(total.dtype)[..., None])
-    return (back * (w * share)).to(grad.dtype)
+def mean_grad(grad: Tensor, assign: Tensor, w: Tensor | None) -> Tensor:
+    """d mean / d x: grad [B, m, C] gathered to [B, N, C], times w_i / sum w."""
+    m, wide = grad.shape[1], torch.promote_types(grad.dtype, torch.float32)
+    if w is None:
+        count = merge(grad.new_empty(*assign.shape, 0), assign, m)[1][..., None]
+        share = unmerge(count.reciprocal(), assign)
+    else:
+        w = w.to(wide)[..., None]
+        total, count = merge(w, assign, m, reduce="sum")
+        count = count[..., None]
+        plain = (total == 0) | (count == 1)  # the plain mean and the exact copy do not depend on w
+        share = unmerge(torch.where(plain, count, total).reciprocal(), assign)
+        share = torch.where(unmerge(plain.to(wide), assign) > 0, share, w * share)
+    return (unmerge(grad, assign) * share).to(grad.dtype)
 
 
 def _setup_context(ctx, inputs, keyword_only_inputs, output):
@@ -72,31 +76,39 @@ def _setup_context(ctx, inputs, keyword_only_inputs, output):
     ctx.reduce = keyword_only_inputs["reduce"]
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
-    # size alone gives the gradient of x in a mean; the features are kept for weight and amax only.
-    keep = ctx.reduce == "amax" or weight is not None
-    ctx.save_for_backward(assign, size, weight, output[1], x if keep else None, output[0] if keep else None)
+    # The gradient of x takes sizes and weights alone; that of the weights, and amax, the features too.
+    ctx.weighs = weight is not None and ctx.reduce != "amax" and ctx.needs_input_grad[4]
+    keep = ctx.weighs or ctx.reduce == "amax"
+    ctx.save_for_backward(assign, size, weight, x if keep else None, output[0] if keep else None)
 
 
 @once_differentiable
 def _backward(ctx, grad, _grad_size):
     if grad is None:
         return None, None, None, None, None
-    assign, size, weight, size_out, x, out = ctx.saved_tensors
+    assign, size, weight, x, out = ctx.saved_tensors
+    wide = torch.promote_types(grad.dtype, torch.float32)
     if ctx.reduce == "amax":
-        largest = (x == unmerge(out, assign)).to(size_out.dtype)
+        largest = (x == unmerge(out, assign)).to(wide)
         ties = merge(largest, assign, ctx.m, reduce="sum")[0].clamp(min=1)
         return (unmerge(grad / ties, assign) * largest).to(grad.dtype), None, None, None, None
-    if weight is None:
-        grad_x = unmerge(grad, assign) if ctx.reduce == "sum" else mean_grad(grad, assign, size, size_out)
-        return grad_x, None, None, None, None
-    w = weight.to(size_out.dtype)[..., None]
-    back = unmerge(grad, assign)
-    if ctx.reduce == "sum":
-        return back * w.to(grad.dtype), None, None, None, (back * x).sum(-1, dtype=w.dtype).to(weight.dtype)
-    total = merge(w, assign, ctx.m, reduce="sum")[0].squeeze(-1)
-    apart = ((x - unmerge(out, assign)).to(w.dtype) * back).sum(-1, keepdim=True)
-    share = unmerge(torch.where(total == 0, 0, total.reciprocal())[..., None], assign)
-    return mean_grad(grad, assign, weight, total), None, None, None, (apart * share).squeeze(-1).to(weight.dtype)
+    grad_weight = _weight_grad(ctx, grad.to(wide), assign, weight, x, out) if ctx.weighs else None
+    if ctx.reduce == "mean":
+        grad_x = mean_grad(grad, assign, size if weight is None else weight)
+    else:
+        grad_x = unmerge(grad, assign)
+        if weight is not None:
+            grad_x = grad_x * weight.to(grad.dtype)[..., None]
+    return grad_x, None, None, None, grad_weight
+
+
+def _weight_grad(ctx, grad: Tensor, assign: Tensor, weight: Tensor, x: Tensor, out: Tensor) -> Tensor:
+    """<x_i, grad_j> of a sum, <x_i - out_j, grad_j> / sum w of a mean, 0 where that sum is 0; grad [B, m, C] wide."""
+    if ctx.reduce == "mean":
+        total = merge(weight.to(grad.dtype)[..., None], assign, ctx.m, reduce="sum")[0]
+        grad = grad * torch.where(total == 0, 0, total.reciprocal())
+        x = x - unmerge(out, assign)
+    return (x * unmerge(grad, assign)).sum(-1).to(weight.dtype)
 
 
 torch.library.register_autograd("tokred::merge", _backward, setup_context=_setup_context)

@@ -13,7 +13,7 @@ from tokred_kernels.cli.timing import interleave
 
 from . import noise_free
 
-METHODS = {"tome": {"r": 13}, "evit": {"keep_rate": 0.7}}
+METHODS = {"tome": {"r": 13}, "evit": {"keep_rate": 0.7}, "mctf": {"r": 13}}
 B = 8
 MAX_SECONDS = 120.0  # a step takes seconds: about nine rounds of five variants
 

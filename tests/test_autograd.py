@@ -5,6 +5,7 @@ import torch
 from torch.autograd import gradcheck
 
 import tokred_kernels as tokred
+from benchmarks.noise_free import saved_shapes
 
 REDUCE = ("mean", "sum", "amax")
 
@@ -114,6 +115,15 @@ def test_second_order_raises():
         (grad,) = torch.autograd.grad((op() ** 2).sum(), x, create_graph=True)
         with pytest.raises(RuntimeError, match="once_differentiable"):
             grad.sum().backward()
+
+
+def test_features_are_kept_for_the_gradient_of_weights_alone():
+    x, assign, size, weight = inputs()
+    for reduce in ("mean", "sum"):
+        kept = saved_shapes(lambda reduce=reduce: tokred.merge(x, assign, 4, size, weight.detach(), reduce=reduce))
+        assert kept == {(2, 9)}
+        kept = saved_shapes(lambda reduce=reduce: tokred.merge(x, assign, 4, size, weight, reduce=reduce))
+        assert kept == {(2, 9), (2, 9, 3), (2, 4, 3)}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -35,14 +35,13 @@ class TestWorkedExample:
         k = (torch.eye(8) * 8**0.5).expand(1, 2, 8, 8)
         return SimpleNamespace(
             tokred_prefix=1,
-            project_queries_keys=lambda x: (q, k),
-            project_values=lambda x: torch.eye(x.shape[1], 8).expand(1, 2, -1, -1),
+            projections=lambda: (lambda x: (q, k), lambda x: torch.eye(x.shape[1], 8).expand(1, 2, -1, -1)),
             heads=lambda q, k, v, size: attend(q, k, v, None),  # the example's A has no sizes
             branch=lambda y: y,
         )
 
     def run(self, monkeypatch, **options):
-        q, k = self.block().project_queries_keys(None)
+        q, k = self.block().projections()[0](None)
         mean = tokred.attention_scores(q, k, scores="mean")
         method = create("mctf", dict(r=3, **options))
         monkeypatch.setattr("tokred_kernels.methods.mctf.scores_alone", lambda q, k, size: mean)

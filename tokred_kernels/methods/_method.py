@@ -16,12 +16,12 @@ class Method:
     """A frozen dataclass: its fields are the options, checked in __post_init__; it holds nothing of a forward.
 
     `block` in `step` is the model's block: `tokred_prefix`, the protected tokens in front; `tokred_part`, the method's
-    own module in this block, or None; `project(x)`, its queries, keys and values [B, H, N, D], also in two parts,
-    `project_queries_keys(x)` and `project_values(x)`, and `split_heads(y)` of a product; `attend(q, k, v, size,
-    scores)`, its attention branch and the scores [B, N], also in two parts, `heads`, what the heads give [B, H, N, D],
-    and `branch(y)`, that branch of it; `feed_forward(x)`, its MLP branch, `feed_normed(norm2(x))` the same. Residuals
-    are the method's to add, but for that of the attention in `merge_and_norm` and `select_and_norm`: all that lies
-    between the branches where tokens merge or are selected, in as few kernels as there are.
+    own module in this block, or None; `project(x)`, its queries, keys and values [B, H, N, D], also in two parts, what
+    `projections()` gives, and `split_heads(y)` of a product; `attend(q, k, v, size, scores)`, its attention branch and
+    the scores [B, N], also in two parts, `heads`, what the heads give [B, H, N, D], and `branch(y)`, that branch of it;
+    `feed_forward(x)`, its MLP branch, `feed_normed(norm2(x))` the same. Residuals are the method's to add, but for that
+    of the attention in `merge_and_norm` and `select_and_norm`: all that lies between the branches where tokens merge or
+    are selected, in as few kernels as there are.
     """
 
     sized: ClassVar[bool] = False  # its tokens have sizes: attention counts them, averages weigh them

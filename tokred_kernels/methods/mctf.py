@@ -186,10 +186,11 @@ class MCTF(Method):
 
     def _fused_attention(self, block, x: Tensor, size: Tensor | None, r: int):
         """Mode 1: the attention branch [B, M, C] of the fused tokens, those tokens, their sizes, and assign."""
-        q, k = block.project_queries_keys(x)
+        queries_keys, values = block.projections()
+        q, k = queries_keys(x)
         seen = self._seen(size)
         x, size, assign, w = self._fuse(x, scores_alone(q, k, seen), size, r, block.tokred_prefix)
-        v = block.project_values(x)
+        v = values(x)
         if self.pooling == 2:
             rows = _largest_rows(q, k, seen, assign, x.shape[1])
             return block.branch(block.attn.attn_drop(rows).to(v.dtype) @ v), x, size, assign

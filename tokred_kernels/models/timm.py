@@ -4,9 +4,9 @@ The model and its blocks become the subclasses below, so hooks, state_dict, deep
 ordinary module. Sizes travel from block to block as values; nothing of a forward stays on the model.
 """
 
+from collections.abc import Callable
+
 import torch
-import torch.nn.functional as F
-import torch.utils.checkpoint
 from timm.layers import AttentionPoolLatent
 from timm.models import checkpoint
 from timm.models._features import feature_take_indices
@@ -19,7 +19,7 @@ from ..ops import unmerge
 from ..trace import compose
 from ._attention import attend
 from ._inference import without_autograd
-from ._norm import fuses_norm
+from ._norm import fuses_norm, normed_linear
 from ._refuse import check_model
 from ._size import key_mask, weighted_mean
 from .metr import remove_exits
@@ -111,25 +111,22 @@ class ReducedBlock(Block):
         q, k, v = self.split_heads(self.attn.qkv(self.norm1(x)))
         return self.attn.q_norm(q), self.attn.k_norm(k), v
 
-    def project_queries_keys(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The first two of `project`, without the cost of the third."""
-        q, k = self.split_heads(self._part_of_qkv(x, slice(0, 2 * self.attn.attn_dim)))
-        return self.attn.q_norm(q), self.attn.k_norm(k)
+    def projections(self) -> tuple[Callable[[Tensor], tuple[Tensor, Tensor]], Callable[[Tensor], Tensor]]:
+        """`project` in two parts: what gives queries and keys, and what gives values."""
+        attn, qkv = self.attn, self.attn.qkv
+        rows = [2 * attn.attn_dim, attn.attn_dim]  # split once: the gradients of two slices would be two whole matrices
+        weights = qkv.weight.split(rows)
+        biases = (None, None) if qkv.bias is None else qkv.bias.split(rows)
 
-    def project_values(self, x: Tensor) -> Tensor:
-        """The third of `project` alone."""
-        return self.split_heads(self._part_of_qkv(x, slice(2 * self.attn.attn_dim, None)))[0]
+        def queries_keys(x: Tensor) -> tuple[Tensor, Tensor]:
+            q, k = self.split_heads(normed_linear(self.norm1, x, weights[0], biases[0]))
+            return attn.q_norm(q), attn.k_norm(k)
 
-    def _part_of_qkv(self, x: Tensor, rows: slice) -> Tensor:
-        """Its gradient normalises again: of two parts, the normalised tokens of both would be kept."""
-        if not torch.is_grad_enabled():
-            return self._normed_linear(x, rows)
-        again = torch.utils.checkpoint.checkpoint
-        return again(self._normed_linear, x, rows, use_reentrant=False, preserve_rng_state=False)
+        def values(x: Tensor) -> Tensor:
+            v = normed_linear(self.norm1, x, weights[1], biases[1])
+            return v.unflatten(2, (attn.num_heads, attn.head_dim)).transpose(1, 2)
 
-    def _normed_linear(self, x: Tensor, rows: slice) -> Tensor:
-        qkv = self.attn.qkv
-        return F.linear(self.norm1(x), qkv.weight[rows], None if qkv.bias is None else qkv.bias[rows])
+        return queries_keys, values
 
     def split_heads(self, y: Tensor) -> tuple[Tensor, ...]:
         """[B, N, n H D] to n views [B, H, N, D]."""

@@ -91,7 +91,7 @@ def cluster_figures(rounds: int) -> dict[str, dict[str, float]]:
     for (goal, case), (ours, plain) in METHODS.items():
         check(ours(given), plain(given))
         seconds = interleave({"ours": lambda: ours(given), "plain": lambda: plain(given)}, rounds=rounds)  # noqa: B023
-        figures[goal][case] = seconds["plain"].best / seconds["ours"].best
+        figures[goal][case] = seconds["plain"].over(seconds["ours"])
     return figures
 
 

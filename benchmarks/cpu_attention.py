@@ -40,11 +40,11 @@ def measure(isa: str, rounds: int, dtype: torch.dtype = torch.float32) -> dict[s
             }
             tolerance = 16 * torch.finfo(dtype).eps  # of two roundings of N terms
             torch.testing.assert_close(calls["cls"]()[0], calls["sdpa_mask"](), rtol=tolerance, atol=tolerance)
-            seconds = {name: timing.best for name, timing in interleave(calls, rounds=rounds).items()}
-            figures["masked"][case] = seconds["sdpa_mask"] / seconds["cls"]
-            figures["plain"][case] = seconds["sdpa"] / seconds["plain"]
+            t = interleave(calls, rounds=rounds)
+            figures["masked"][case] = t["sdpa_mask"].over(t["cls"])
+            figures["plain"][case] = t["sdpa"].over(t["plain"])
             for scores in ("cls", "mean"):
-                figures[scores][case] = 100 * (seconds[scores] / seconds["none"] - 1)
+                figures[scores][case] = 100 * (t[scores].over(t["none"]) - 1)
     return figures
 
 

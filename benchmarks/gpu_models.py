@@ -58,7 +58,7 @@ def row(model: str, method: str, options: dict, B: int) -> Callable[[Gpu], Part]
             calls |= by_sdpa(name, call) if name in ("dense", "oracle", "plain_sdpa") else {name: call}
         times = gpu.time(calls)
         chosen = {name: best(times, name) for name in found}
-        rows = variants.rows(chosen, method, "cuda", B)
+        rows = variants.rows(chosen, method, B)
         macs = [schedule.macs(found[name]) for name in ("dense", method)]
         result = {"model": model, "method": method, "options": options, "batch_size": B}
         result |= {"ideal_speedup": macs[0] / macs[1], "variants": rows}

@@ -3,8 +3,8 @@
     python -m benchmarks.report                      measure, print, save benchmarks/results/<machine>.json
     python -m benchmarks.report --show               print what was saved
 
-One thread, variants interleaved in one process, ratios of the fastest of 15 rounds; nothing is timed before its result
-was compared with the reference.
+One thread, variants interleaved in one process, medians of the ratios within 15 rounds; nothing is timed before its
+result was compared with the reference.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tokred_kernels import schedule
 from tokred_kernels._backend import ATTENTION
 from tokred_kernels.cli import compare, images, machine, table, variants
-from tokred_kernels.cli.timing import interleave, keep_freed_memory
+from tokred_kernels.cli.timing import Timing, interleave, keep_freed_memory
 
 from . import cases, clusters, cpu_attention, goals, noise_free, results, training_step
 
@@ -57,11 +57,11 @@ def step_figures(rounds: int) -> dict[str, dict[str, float]]:
             cases.check("match_merge", given, calls[name]())
         for name in ("topk_gather", "eager_select"):
             cases.check("topk_gather", given, calls[name]())
-        seconds = {name: timing.best for name, timing in interleave(calls, rounds=rounds).items()}
-        figures["C1"][f"B={B}"] = seconds["eager"] / seconds["ours"]
-        figures["C2"][f"B={B}"] = seconds["compiled"] / seconds["ours"]
-        figures["C3"][f"B={B}"] = seconds["eager_select"] / seconds["topk_gather"]
-        figures["C6"][f"B={B}"] = 100 * seconds["ours"] / seconds["block"]
+        t = interleave(calls, rounds=rounds)
+        figures["C1"][f"B={B}"] = t["eager"].over(t["ours"])
+        figures["C2"][f"B={B}"] = t["compiled"].over(t["ours"])
+        figures["C3"][f"B={B}"] = t["eager_select"].over(t["topk_gather"])
+        figures["C6"][f"B={B}"] = 100 * t["ours"].over(t["block"])
     return figures
 
 
@@ -102,8 +102,8 @@ class _WithSdpa(nn.Module):
 
 def _measured(
     name: str, method: str, options: dict, B: int, rounds: int, max_seconds: float
-) -> tuple[dict, dict[str, nn.Module], Tensor]:
-    """The rows of a model, its variants, verified, and its photographs."""
+) -> tuple[dict, dict[str, nn.Module], Tensor, dict[str, Timing]]:
+    """The rows of a model, its variants, verified, its photographs, and the times of the variants."""
     torch.manual_seed(0)
     model = timm.create_model(name).eval()
     found = variants.build(model, method, **options)
@@ -121,9 +121,9 @@ def _measured(
         "options": options,
         "batch_size": B,
         "ideal_speedup": schedule.macs(model) / schedule.macs(found[method]),
-        "variants": variants.rows(timings, method, "cpu", B),
+        "variants": variants.rows(timings, method, B),
     }
-    return case, found, photographs
+    return case, found, photographs, timings
 
 
 def model_figures(rounds: int) -> tuple[dict[str, dict[str, float]], list[dict]]:
@@ -132,14 +132,14 @@ def model_figures(rounds: int) -> tuple[dict[str, dict[str, float]], list[dict]]
     cases_found = []
     for method, options in METHODS.items():
         for B in BATCHES:
-            case, found, photographs = _measured(DEIT_S, method, options, B, rounds, float("inf"))
+            case, found, photographs, timings = _measured(DEIT_S, method, options, B, rounds, float("inf"))
             rows, key = case["variants"], f"{method} B={B}"
             cases_found.append(case)
             figures["C7"][key] = rows[method]["re_sdpa"]
             figures["C8"][key] = rows[method]["re_self"]
-            figures["C9"][key] = rows["plain_explicit"]["seconds_min"] / rows[method]["seconds_min"]
+            figures["C9"][key] = timings["plain_explicit"].over(timings[method])
             if method == "tome":
-                figures["C7 sdpa"][key] = rows["oracle"]["seconds_min"] / rows["tome_sdpa"]["seconds_min"]
+                figures["C7 sdpa"][key] = timings["oracle"].over(timings["tome_sdpa"])
         counts = schedule.tokens(found[method])
         steps = sum(before > after for before, after in counts)
         figures["C10 ops"][method] = noise_free.ops_per_step(found["dense"], found[method], photographs, steps)
@@ -160,7 +160,7 @@ def method_rows(rounds: int) -> list[dict]:
         found = compare.measure(model, photographs, batch, [0.7], None, progress, **limits)
     if not found["agreement"]["passed"]:
         raise SystemExit(f"the results disagree: {[row for row in found['rows'] if not row['agreement']['passed']]}")
-    kept = ("method", "keep_rate", "untrained", "macs", "images_per_second", "speedup", "re_sdpa", "seconds_min")
+    kept = ("method", "keep_rate", "untrained", "macs", "images_per_second", "speedup", "re_sdpa", "seconds_median")
     return [{key: row[key] for key in kept} for row in found["rows"]]
 
 
@@ -198,7 +198,7 @@ def text(result: dict, gpu: dict[str, dict[str, float]]) -> str:
     return "\n".join(
         [
             f"{cpu['name']}, {cpu['isa']}, {cpu['threads']} thread; {versions}",
-            f"commit {result['commit']}, {result['date']}, fastest of {result['rounds']} rounds; fp32,",
+            f"commit {result['commit']}, {result['date']}, median of {result['rounds']} rounds; fp32,",
             f"DeiT-S, ToMe r = {R}, EViT keep rate 0.7",
             "",
             *goals.lines(goals.CPU, result["figures"]),

@@ -176,9 +176,16 @@ class TestTiming:
         interleave({"a": lambda: calls.append(1)}, rounds=2)
         assert len(calls) > 100
 
-    def test_typical_is_the_fastest_on_a_cpu_and_the_median_on_a_gpu(self):
-        timing = Timing([3.0, 1.0, 2.0])
-        assert (timing.typical("cpu"), timing.typical("cuda:0")) == (1.0, 2.0)
+    def test_a_ratio_is_the_median_of_the_ratios_within_the_rounds(self):
+        slow, fast = Timing([4.0, 3.0, 40.0]), Timing([2.0, 1.0, 8.0])
+        assert (slow.median, slow.best, slow.over(fast)) == (4.0, 3.0, 3.0)
+
+    def test_figures_of_a_model_are_such_ratios(self):
+        timings = {"dense": [4.0, 3.0, 40.0], "oracle": [2.0, 2.0, 4.0], "tome": [2.0, 1.0, 8.0]}
+        rows = variants.rows({name: Timing(seconds) for name, seconds in timings.items()}, "tome", 6)
+        tome = rows["tome"]
+        assert (tome["speedup"], tome["re_sdpa"], tome["re_self"], tome["images_per_second"]) == (3.0, 1.0, None, 3.0)
+        assert (rows["dense"]["speedup"], rows["dense"]["re_sdpa"], rows["oracle"]["speedup"]) == (1.0, None, 2.0)
 
 
 class TestNoiseFree:

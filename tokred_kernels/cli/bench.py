@@ -125,7 +125,7 @@ def _measure_one(
     if record["agreement"]["passed"]:
         progress.stage("timing", rounds)
         timings = variants.measure(found, batch, rounds=rounds, max_seconds=max_seconds, on_round=progress.advance)
-        record["timing"] = variants.rows(timings, method, batch.device.type, len(batch))
+        record["timing"] = variants.rows(timings, method, len(batch))
     return record
 
 

@@ -165,16 +165,15 @@ def _time(
             if counts not in candidates:
                 candidates[counts] = oracle_model(model, counts)
     timings = variants.measure(candidates, batch, rounds=rounds, max_seconds=max_seconds, on_round=on_round)
-    typical = {name: timing.typical(batch.device.type) for name, timing in timings.items()}
     for row, reduced in found:
         if reduced is not None:
-            seconds, oracle = typical[row["method"]], typical[oracles[row["method"]]]
-            row["seconds_min"] = timings[row["method"]].best
-            row["seconds_median"] = timings[row["method"]].median
-            row["rounds"] = len(timings[row["method"]].seconds)
-            row["images_per_second"] = len(batch) / seconds
-            row["dense_images_per_second"] = len(batch) / typical["dense"]
-            row["oracle_images_per_second"] = len(batch) / oracle
-            row["speedup"] = typical["dense"] / seconds
-            row["re_sdpa"] = oracle / seconds
-            row["reduction_seconds"] = seconds - oracle
+            dense, timing, oracle = (timings[name] for name in ("dense", row["method"], oracles[row["method"]]))
+            row["seconds_min"] = timing.best
+            row["seconds_median"] = timing.median
+            row["rounds"] = len(timing.seconds)
+            row["images_per_second"] = len(batch) / timing.median
+            row["dense_images_per_second"] = len(batch) / dense.median
+            row["oracle_images_per_second"] = len(batch) / oracle.median
+            row["speedup"] = dense.over(timing)
+            row["re_sdpa"] = oracle.over(timing)
+            row["reduction_seconds"] = timing.median - oracle.median

@@ -145,7 +145,7 @@ def _timing(model: nn.Module, settings: Settings, batch: Tensor, rounds: int, wa
     if settings.method is not None:
         found |= {settings.method: model, "oracle": oracle_model(dense, schedule.tokens(model))}
     timings = variants.measure(found, batch, rounds=rounds, on_round=watch.advance)
-    return variants.rows(timings, settings.method, batch.device.type, len(batch))
+    return variants.rows(timings, settings.method, len(batch))
 
 
 def _show(record: dict) -> None:

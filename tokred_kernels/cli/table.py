@@ -58,11 +58,10 @@ def show(record: dict) -> None:
         console.print("[bold red]the results disagree: nothing was timed[/]")
         return
     console.print(_table(record))
-    statistic = "median" if record["device"].startswith("cuda") else "fastest"
     console.print(
-        f"The {statistic} of {record['timing']['dense']['rounds']} interleaved rounds. Oracle: the same model, its "
-        "tokens sliced,\nreduction for free. RE: time of the oracle, without mask (sdpa) or with a key mask (self),\n"
-        "over time of the variant. Top-1, cosine: against dense."
+        f"Medians over {record['timing']['dense']['rounds']} interleaved rounds, of ratios within a round. Oracle: the "
+        "same model, its\ntokens sliced, reduction for free. RE: time of the oracle, without mask (sdpa) or with a key "
+        "mask\n(self), over time of the variant. Top-1, cosine: against dense."
     )
 
 
@@ -76,9 +75,8 @@ def show_all(record: dict) -> None:
     blocks = ", ".join(map(str, record["stages"]))
     console.print(f"stages: blocks {blocks}; dense: {record['macs']['dense'] / 1e9:.2f} GMACs an image")
     console.print(_table_of_all(record))
-    statistic = "median" if record["device"].startswith("cuda") else "fastest"
     console.print(
-        f"The {statistic} of interleaved rounds. Left: patches after each stage, the mean over the images.\n"
+        "Medians over interleaved rounds. Left: patches after each stage, the mean over the images.\n"
         "Oracle: the same model, its tokens sliced. RE: its time over that of the method; cost: their difference."
     )
     if any(row.get("untrained") for row in record["rows"]):

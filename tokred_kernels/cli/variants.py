@@ -111,21 +111,20 @@ def measure(
     return interleave(calls, batch.device.type, rounds=rounds, max_seconds=max_seconds, on_round=on_round)
 
 
-def rows(timings: dict[str, Timing], method: str, device: str, batch_size: int) -> dict[str, dict]:
+def rows(timings: dict[str, Timing], method: str, batch_size: int) -> dict[str, dict]:
     """Figures of each variant. Reduction efficiency RE = time of an oracle / time of the variant."""
-    typical = {name: timing.typical(device) for name, timing in timings.items()}
 
     def efficiency(oracle: str, name: str) -> float | None:
         reduces = name == method or name.startswith("plain")
-        return typical[oracle] / typical[name] if reduces and oracle in typical else None
+        return timings[oracle].over(timings[name]) if reduces and oracle in timings else None
 
     return {
         name: {
             "seconds_min": timing.best,
             "seconds_median": timing.median,
             "rounds": len(timing.seconds),
-            "images_per_second": batch_size / typical[name],
-            "speedup": typical["dense"] / typical[name],
+            "images_per_second": batch_size / timing.median,
+            "speedup": timings["dense"].over(timing),
             "re_sdpa": efficiency("oracle", name),
             "re_self": efficiency("oracle_self", name),
         }

@@ -9,6 +9,7 @@ import timm.optim
 import timm.scheduler
 import timm.utils
 import torch
+from timm.data.distributed_sampler import RepeatAugSampler
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler
 
@@ -124,7 +125,10 @@ def training_data(settings: Settings, split: data.Split, model: nn.Module, world
         re_prob=settings.erase,
     )
     images = data.Images(split, transform)
-    sampler = DistributedSampler(images, world.size, world.rank, shuffle=True, seed=settings.seed, drop_last=True)
+    if settings.repeats > 1:  # an epoch has as many images as there are: each this often, or not at all
+        sampler = RepeatAugSampler(images, world.size, world.rank, num_repeats=settings.repeats, selected_round=0)
+    else:
+        sampler = DistributedSampler(images, world.size, world.rank, drop_last=True)
     return data.loader(images, each, sampler, settings.workers, drop_last=True)
 
 

@@ -86,8 +86,9 @@ class Training:
     def _epoch(self, epoch: int) -> dict:
         """One pass over the training images, and its figures."""
         settings, world = self.settings, self.world
-        timm.utils.random_seed(settings.seed + 1000 * (epoch + 1), world.rank)
-        self.loader.sampler.set_epoch(epoch)
+        seed = settings.seed + 1000 * (epoch + 1)
+        timm.utils.random_seed(seed, world.rank)
+        self.loader.sampler.set_epoch(seed)
         self.wrapped.train()
         self.watch.begin(f"epoch {epoch + 1} of {settings.epochs}", self.updates)
         loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)

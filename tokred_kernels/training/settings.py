@@ -49,6 +49,7 @@ class Settings:
     cutmix: float = _say(0.0, "alpha of cutmix, 1 in DeiT; 0: none", least=0)
     augment: str = _say("", "timm's automatic augmentation, such as rand-m9-mstd0.5-inc1; nothing: none")
     erase: float = _say(0.0, "probability of random erasing", least=0, most=1)
+    repeats: int = _say(1, "repeated augmentation: times that an image is in an epoch that has it, 3 in DeiT", least=1)
     scale: float = _say(0.08, "least area of the random crop; 1: only resized", above=0, most=1)
     flip: float = _say(0.5, "probability of a horizontal flip", least=0, most=1)
     ema: float = _say(0.0, "decay of an average of the weights, such as 0.9999; 0: none", least=0, most=0.9999999)

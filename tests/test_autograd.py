@@ -141,3 +141,6 @@ def test_dropped_tokens_get_no_gradient():
     for reduce in REDUCE:
         (grad,) = torch.autograd.grad(tokred.merge(x, assign, 4, size, weight, reduce=reduce)[0].sum(), x)
         assert (grad[assign < 0] == 0).all()
+    size[assign < 0] = torch.nan
+    (grad,) = torch.autograd.grad(tokred.merge(x, assign, 4, size)[0].sum(), x)
+    assert (grad[assign < 0] == 0).all() and grad.isfinite().all()

@@ -18,7 +18,7 @@ from .. import methods
 from ..ops import unmerge
 from ..trace import compose
 from ._attention import attend
-from ._inference import without_autograd
+from ._inference import through, without_autograd
 from ._norm import fuses_norm, normed_linear
 from ._refuse import check_model
 from ._size import key_mask, weighted_mean
@@ -109,7 +109,7 @@ class ReducedBlock(Block):
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values [B, H, N, D], views of one projection."""
         q, k, v = self.split_heads(self.attn.qkv(self.norm1(x)))
-        return self.attn.q_norm(q), self.attn.k_norm(k), v
+        return through(q, self.attn.q_norm), through(k, self.attn.k_norm), v
 
     def projections(self) -> tuple[Callable[[Tensor], tuple[Tensor, Tensor]], Callable[[Tensor], Tensor]]:
         """`project` in two parts: what gives queries and keys, and what gives values."""
@@ -120,7 +120,7 @@ class ReducedBlock(Block):
 
         def queries_keys(x: Tensor) -> tuple[Tensor, Tensor]:
             q, k = self.split_heads(normed_linear(self.norm1, x, weights[0], biases[0]))
-            return attn.q_norm(q), attn.k_norm(k)
+            return through(q, attn.q_norm), through(k, attn.k_norm)
 
         def values(x: Tensor) -> Tensor:
             v = normed_linear(self.norm1, x, weights[1], biases[1])
@@ -151,8 +151,8 @@ class ReducedBlock(Block):
     def branch(self, y: Tensor) -> Tensor:
         """The attention branch [B, N, C] of what the heads give, [B, H, N, D]."""
         attn = self.attn
-        y = attn.norm(y.transpose(1, 2).reshape(y.shape[0], y.shape[2], attn.attn_dim))
-        return self.drop_path1(self.ls1(attn.proj_drop(attn.proj(y))))
+        y = y.transpose(1, 2).reshape(y.shape[0], y.shape[2], attn.attn_dim)
+        return through(y, attn.norm, attn.proj, attn.proj_drop, self.ls1, self.drop_path1)
 
     def feed_forward(self, x: Tensor) -> Tensor:
         """The MLP branch [B, N, C]."""
@@ -160,7 +160,7 @@ class ReducedBlock(Block):
 
     def feed_normed(self, y: Tensor) -> Tensor:
         """That of what norm2 gave."""
-        return self.drop_path2(self.ls2(self.mlp(y)))
+        return through(y, self.mlp, self.ls2, self.drop_path2)
 
     def merge_and_norm(
         self, x: Tensor, branch: Tensor, assign: Tensor, m: int, size: Tensor | None

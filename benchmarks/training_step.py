@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokred_kernels import schedule
+from tokred_kernels import schedule, use_backend
 from tokred_kernels.cli import images, variants
 from tokred_kernels.cli.timing import interleave
 
@@ -29,9 +29,19 @@ def _step(model: nn.Module, batch: Tensor) -> Callable[[], None]:
     return step
 
 
+def _by_reference(step: Callable[[], None]) -> Callable[[], None]:
+    """A step by the ops' plain PyTorch form, for a method that has no plain model."""
+
+    def plain() -> None:
+        with use_backend("reference"):
+            step()
+
+    return plain
+
+
 def figures(model: str, rounds: int) -> tuple[dict[str, dict[str, float]], list[dict]]:
-    """C12, its memory and its saved tensors, and the seconds of every variant."""
-    found: dict[str, dict[str, float]] = {"C12": {}, "C12 memory": {}, "C12 saved": {}}
+    """C12, its plain form, memory and saved tensors, and the seconds of every variant."""
+    found: dict[str, dict[str, float]] = {"C12": {}, "C12 plain": {}, "C12 memory": {}, "C12 saved": {}}
     table = []
     for method, options in METHODS.items():
         torch.manual_seed(0)
@@ -44,12 +54,17 @@ def figures(model: str, rounds: int) -> tuple[dict[str, dict[str, float]], list[
         if not checked["passed"]:
             raise SystemExit(f"the results disagree, nothing was timed: {checked}")
         steps = {name: _step(variant.train(), batch) for name, variant in built.items() if name != "oracle_self"}
+        plain = "plain_explicit"
+        if plain not in steps:
+            plain = "reference"
+            steps[plain] = _by_reference(steps[method])
         peaks = {name: noise_free.peak_bytes(steps[name]) for name in (method, "oracle")}
         counts = {n for pair in schedule.tokens(built[method]) for n in pair}
         shapes = noise_free.saved_shapes(lambda built=built, m=method, x=batch: built[m](x))
         timings = interleave(steps, rounds=rounds, max_seconds=MAX_SECONDS)
         seconds = {name: timing.median for name, timing in timings.items()}
         found["C12"][method] = timings["oracle"].over(timings[method])
+        found["C12 plain"][method] = timings[plain].over(timings[method])
         found["C12 memory"][method] = peaks[method] / peaks["oracle"]
         found["C12 saved"][method] = float(matrices(shapes, counts))
         table.append({"model": model, "method": method, "options": options, "batch_size": B, "seconds": seconds})

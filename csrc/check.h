@@ -203,14 +203,16 @@ inline MergeArgs merge_args(const char* op, const Tensor& x, const Tensor& assig
 
 // Of an add_*_norm op: what it adds to the tokens and how it normalises the rows. x is checked already.
 struct NormArgs {
-  Tensor branch;                // [B, N, C]
-  OptionalTensor weight, bias;  // [C] contiguous, any floating dtype
+  Tensor branch;                             // [B, N, C]
+  OptionalTensor weight, bias;               // [C] contiguous, any floating dtype
+  OptionalTensor branch_scale, branch_bias;  // the same
   int64_t s_b, s_n;
   double eps;
 };
 
 inline NormArgs norm_args(const char* op, const Tensor& x, const Tensor& branch, const OptionalTensor& norm_weight,
-                          const OptionalTensor& norm_bias, double eps) {
+                          const OptionalTensor& norm_bias, const OptionalTensor& branch_scale,
+                          const OptionalTensor& branch_bias, double eps) {
   if (branch.scalar_type() != x.scalar_type())
     fail(op, "branch", show_dtype(x.scalar_type()) + " as x", show_dtype(branch.scalar_type()));
   check_shape(op, "branch", branch, "[B, N, C]", {x.size(0), x.size(1), x.size(2)});
@@ -224,6 +226,7 @@ inline NormArgs norm_args(const char* op, const Tensor& x, const Tensor& branch,
   };
   NormArgs a;
   a.weight = row("norm_weight", norm_weight), a.bias = row("norm_bias", norm_bias);
+  a.branch_scale = row("branch_scale", branch_scale), a.branch_bias = row("branch_bias", branch_bias);
   a.branch = inner_contiguous(branch);
   a.s_b = a.branch.stride(0), a.s_n = a.branch.stride(1);
   a.eps = eps;

@@ -12,7 +12,8 @@ STABLE_TORCH_LIBRARY(tokred, m) {
       "str reduce=\"mean\") -> (Tensor, Tensor)");
   m.def(
       "add_merge_norm(Tensor x, Tensor branch, Tensor assign, SymInt m, Tensor? norm_weight, Tensor? norm_bias, "
-      "Tensor? size=None, *, float eps=1e-06) -> (Tensor, Tensor, Tensor)");
+      "Tensor? size=None, Tensor? branch_scale=None, Tensor? branch_bias=None, *, float eps=1e-06) "
+      "-> (Tensor, Tensor, Tensor)");
   m.def("unmerge(Tensor y, Tensor assign) -> Tensor");
   m.def(
       "match_merge(Tensor x, Tensor metric, SymInt r, SymInt prefix=1, Tensor? size=None) "
@@ -28,7 +29,8 @@ STABLE_TORCH_LIBRARY(tokred, m) {
   m.def("topk_gather(Tensor x, Tensor score, SymInt k, SymInt prefix=1, *, str fuse=\"none\") -> (Tensor, Tensor)");
   m.def(
       "add_topk_gather_norm(Tensor x, Tensor branch, Tensor score, SymInt k, Tensor? norm_weight, Tensor? norm_bias, "
-      "SymInt prefix=1, *, str fuse=\"none\", float eps=1e-06) -> (Tensor, Tensor, Tensor)");
+      "SymInt prefix=1, Tensor? branch_scale=None, Tensor? branch_bias=None, *, str fuse=\"none\", "
+      "float eps=1e-06) -> (Tensor, Tensor, Tensor)");
   m.def("pairwise_distance(Tensor x, *, float scale=1.0) -> Tensor");
   m.def("knn(Tensor distance, SymInt k) -> (Tensor, Tensor)");
   m.def("separation(Tensor distance, Tensor density) -> Tensor");

@@ -20,6 +20,22 @@ def affine(C: int, *dtypes: torch.dtype) -> tuple[Tensor, Tensor]:
     return tuple(torch.randn(C, generator=g).to(dtype) for dtype in (dtypes or (torch.float32, torch.float32)))
 
 
+def scaled(C: int, *dtypes: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(branch_scale, branch_bias)."""
+    g = torch.Generator().manual_seed(9)
+    return tuple(torch.randn(C, generator=g).to(dtype) for dtype in (dtypes or (torch.float32, torch.float32)))
+
+
+def check_rows(out: Tensor, reduce, x: Tensor, branch: Tensor, scale: Tensor | None, bias: Tensor | None) -> None:
+    """Asserts that out is reduce(x + scale (branch + bias)), up to the rounding of that sum and of out."""
+    wide = branch.double() if bias is None else branch.double() + bias.double()
+    y = x.double() + (wide if scale is None else wide * scale.double())
+    exact = reduce(y)
+    finite = torch.isfinite(exact)
+    eps, largest = torch.finfo(out.dtype).eps, torch.nan_to_num(y, 0, 0, 0).abs().amax() if y.numel() else 0
+    assert ((out.double() - exact)[finite].abs() <= 2 * eps * (exact[finite].abs() + largest)).all()
+
+
 def check_norm(normed: Tensor, out: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float = EPS) -> None:
     """Asserts that normed is the LayerNorm of out, with at most twice the error of torch's own in this dtype."""
     assert normed.dtype == out.dtype and normed.shape == out.shape and normed.is_contiguous()

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from norm_oracle import EPS, affine, branch_of, check_norm, check_steps
+from norm_oracle import EPS, affine, branch_of, check_norm, check_rows, check_steps, scaled
 from oracle import same
 from topk_cases import FUSE, TOPK_CASES, TopkCase, with_float64
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -33,6 +33,24 @@ def test_equals_the_steps(case, fuse, backend, poisoned):
     check_steps((out, assign), tokred.topk_gather(x + branch, score, k, p, fuse=fuse))
     check_norm(normed, out, weight, bias)
     assert all(same(t, kept) for t, kept in zip((x, branch, score), before, strict=True))
+
+
+@pytest.mark.parametrize("given", ["both", "scale", "bias"])
+@pytest.mark.parametrize(
+    "case",
+    [c for c in TOPK_CASES if c.trap in ("random", "ties") and c.score_dtype == torch.float32],
+    ids=lambda c: c.id,
+)
+def test_a_branch_with_scale_and_bias(case, given, backend, poisoned):
+    x, branch, score, k, *norm, p = inputs(case)
+    scale, bias = scaled(case.C, torch.float32, case.dtype)
+    scale, bias = None if given == "bias" else scale, None if given == "scale" else bias
+    fuse = FUSE[case.C % 3]
+    out, assign, normed = op(x, branch, score, k, *norm, p, scale, bias, fuse=fuse, eps=EPS)
+    want = reference.topk_gather(x, score, k, p, fuse=fuse)[1]
+    assert torch.equal(assign, want)
+    check_rows(out, lambda y: reference.topk_gather(y, score, k, p, fuse=fuse)[0], x, branch, scale, bias)
+    check_norm(normed, out, *norm)
 
 
 @pytest.mark.parametrize("fuse", FUSE)
@@ -81,6 +99,21 @@ def test_gradients(outputs, fuse):
     assert torch.autograd.gradcheck(run, frozen)
 
 
+@pytest.mark.parametrize("fuse", FUSE)
+def test_gradients_of_scale_and_bias(fuse):
+    x, branch, score, k, *norm, p = small()
+    scale, bias = (t.requires_grad_() for t in scaled(5, torch.float64, torch.float64))
+
+    def run(x, branch, score, scale, bias):
+        out, _, normed = op(x, branch, score, k, *norm, p, scale, bias, fuse=fuse, eps=1e-3)
+        return out, normed
+
+    score = score if fuse != "none" else score.detach()
+    assert torch.autograd.gradcheck(run, (x, branch, score, scale, bias))
+    out, normed = run(x.detach(), branch.detach(), score.detach(), scale, bias.detach())
+    assert torch.autograd.grad(out.sum() + normed.sum(), scale)[0].shape == (5,)
+
+
 def test_frozen_weights_get_no_gradient():
     x, branch, score, k, weight, bias, p = small()
     x, branch, score, weight = x.detach(), branch.detach(), score.detach(), weight.detach()
@@ -96,6 +129,8 @@ def test_frozen_weights_get_no_gradient():
 def test_opcheck_and_fake(dtype):
     args = small(dtype)
     torch.library.opcheck(op.default, args, {"fuse": "mean"})
+    rows = (t.requires_grad_() for t in scaled(5, torch.float64, torch.float64))
+    torch.library.opcheck(op.default, (*args, *rows), {"fuse": "mean"})
     for k in (0, 4, 9):
         args = (*args[:3], k, *args[4:])
         with FakeTensorMode() as mode:
@@ -111,8 +146,17 @@ def test_vmap():
     for i, each in enumerate(xs):
         for a, b in zip(got, op(each, branch, score, k, weight, bias, p, fuse="sum"), strict=True):
             assert torch.equal(a[i], b)
-    with pytest.raises(NotImplementedError, match="norm_weight or norm_bias; map topk_gather and"):
+    with pytest.raises(NotImplementedError, match="norm_bias, branch_scale or branch_bias; map topk_gather and"):
         torch.vmap(lambda w: op(x, branch, score, k, w, bias, p))(torch.stack([weight, weight]))
+
+
+def test_layer_scale_is_a_part_of_it():
+    model = tokred.apply(tiny("deit3"), "evit", keep_rate=0.6, stages=(1, 2))
+    with torch.inference_mode(), torch.profiler.profile(acc_events=True) as profile:
+        got = model(images())
+    names = [event.name for event in profile.events()]
+    assert names.count("tokred::add_topk_gather_norm") == 2
+    torch.testing.assert_close(got, model(images()))  # with gradients: its steps
 
 
 @pytest.mark.parametrize("method", ["topk", "evit", "metr"])

@@ -57,6 +57,14 @@ BAD = {
         lambda: tokred.add_merge_norm(X, X, A, 3, None, A[0, :4]),
         r"add_merge_norm: norm_bias must be float32, .*, got int32",
     ),
+    "add_merge_norm-scale": (
+        lambda: tokred.add_merge_norm(X, X, A, 3, None, None, None, X[0, 0, :3]),
+        r"add_merge_norm: branch_scale must be \[C\] = \[4\], got \[3\]",
+    ),
+    "add_topk_gather_norm-branch-bias": (
+        lambda: tokred.add_topk_gather_norm(X, X, S, 3, None, None, 1, None, A[0, :4]),
+        r"add_topk_gather_norm: branch_bias must be float32, .*, got int32",
+    ),
     "add_merge_norm-m": (
         lambda: tokred.add_merge_norm(X, X, A, -1, None, None),
         r"add_merge_norm: m must be at least 0, got -1",

@@ -27,8 +27,9 @@ EXPECTED = {
        (256, 4, {"LDG.E.128": 4, "STG.E.128": 4, "FFMA": 32 // s, "VOTE": 8})
        for t, s in (("float", 4), ("half", 2), ("bfloat16", 2))},
     **{f"topk_gather_kernel<{t},1>": (256, 4, {"VOTE": 8}) for t in ("float", "half", "bfloat16")},
-    **{f"{op}_kernel<{t},{16 // s}>": (256, 3, {"LDG.E.128": 4, "STG.E.128": 2, "LDS.128": 2, "MUFU": 2})
-       for op in ("add_merge_norm", "add_topk_gather_norm") for t, s in (("float", 4), ("half", 2), ("bfloat16", 2))},
+    **{f"{op}_kernel<{t},{16 // s}>": (256, b, {"LDG.E.128": 4, "STG.E.128": 2, "LDS.128": 2, "MUFU": 2})
+       for op, b in (("add_merge_norm", 3), ("add_topk_gather_norm", 4))
+       for t, s in (("float", 4), ("half", 2), ("bfloat16", 2))},
     **{f"{op}_kernel<{t},1>": (256, 3, {"VOTE": 8, "SHFL": 10})
        for op in ("add_merge_norm", "add_topk_gather_norm") for t in ("float", "half", "bfloat16")},
     # attention_kernel<*, width, key tiles, resident, mean>: a tensor core product is 16 rows, 8 columns and 16 deep.

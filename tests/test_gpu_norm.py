@@ -3,12 +3,13 @@
 import pytest
 import torch
 from cases import MERGE_CASES, MergeCase
-from norm_oracle import EPS, affine, branch_of, check_norm
+from norm_oracle import EPS, affine, branch_of, check_norm, check_rows, scaled
 from oracle import check_merge, same
 from topk_cases import FUSE, TOPK_CASES, TopkCase
 from topk_oracle import check_gather
 
 import tokred_kernels as tokred
+from tokred_kernels import reference
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("kernels")]
 
@@ -59,6 +60,24 @@ def test_add_topk_gather_norm(case, fuse, poisoned):
     x = case.x()
     check_gather((out, assign), x + branch_of(x), case.score(), case.k, case.p, fuse)
     check_norm(normed.cpu(), out.cpu(), *affine(case.C, case.dtype, case.dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_branch_with_scale_and_bias(dtype, poisoned):
+    case = MergeCase(N=197, M=184, C=384, kind="onto", size="count", dtype=dtype)
+    x, assign, size = case.x(), case.assign(), case.per_token("size")
+    branch, norm, score = branch_of(x), affine(case.C, dtype, dtype), size.softmax(1)
+    for scale, bias in ((*scaled(case.C, dtype, dtype),), (scaled(case.C, torch.float32)[0], None)):
+        rows = [None if t is None else t.cuda() for t in (scale, bias)]
+        there = [t.cuda() for t in (x, branch)]
+        on_gpu = [t.cuda() for t in norm]
+        out, _, normed = tokred.add_merge_norm(*there, assign.cuda(), case.M, *on_gpu, size.cuda(), *rows, eps=EPS)
+        check_rows(out.cpu(), lambda y: reference.merge(y, assign, case.M, size)[0], x, branch, scale, bias)
+        check_norm(normed.cpu(), out.cpu(), *norm)
+        out, _, normed = tokred.add_topk_gather_norm(*there, score.cuda(), 138, *on_gpu, 1, *rows, fuse="mean", eps=EPS)
+        kept = lambda y: reference.topk_gather(y, score, 138, fuse="mean")[0]  # noqa: E731
+        check_rows(out.cpu(), kept, x, branch, scale, bias)
+        check_norm(normed.cpu(), out.cpu(), *norm)
 
 
 def test_runs_and_batches_are_bitwise_equal():

@@ -1,13 +1,17 @@
 """The CUDA kernels of add_merge_norm and add_topk_gather_norm on the host, by the emulator, over the shared cases."""
 
+import functools
+
 import pytest
 import torch
 from cases import MERGE_CASES, MergeCase
-from norm_oracle import EPS, affine, branch_of, check_norm
+from norm_oracle import EPS, affine, branch_of, check_norm, check_rows, scaled
 from oracle import check_merge, same
 from simt import ops
 from topk_cases import FUSE, TOPK_CASES, TopkCase
 from topk_oracle import check_gather
+
+from tokred_kernels import reference
 
 SEEDS = (0, 1, 2)  # 0: threads in order
 MERGED = [c for c in MERGE_CASES if c.weight == "none"]
@@ -40,6 +44,26 @@ def test_add_topk_gather_norm(case):
         out, assign, normed = gathered(case, fuse, case.dtype)
         check_gather((out, assign), x + branch_of(x), case.score(), case.k, case.p, fuse)
         check_norm(normed, out, *affine(case.C, torch.float32, case.dtype))
+
+
+@pytest.mark.parametrize("C", [24, 23])
+@pytest.mark.parametrize(
+    "types", [(torch.float32,) * 2, (torch.bfloat16,) * 2, (torch.float32, torch.bfloat16)], ids=str
+)
+def test_a_branch_with_scale_and_bias(C, types):
+    of_rows, dtype = types
+    case = MergeCase(C=C, dtype=dtype, size="count")
+    x, assign, size = case.x(), case.assign(), case.per_token("size")
+    branch, norm, score = branch_of(x), affine(C, of_rows, of_rows), size.softmax(1)
+    for scale, bias in ((*scaled(C, of_rows, of_rows),), (scaled(C, of_rows)[0], None), (None, scaled(C, of_rows)[0])):
+        out, _, normed = ops.add_merge_norm(x, branch, assign, case.M, *norm, size, scale, bias, eps=EPS)
+        check_rows(out, lambda y: reference.merge(y, assign, case.M, size)[0], x, branch, scale, bias)
+        check_norm(normed, out, *norm)
+        for fuse in FUSE:
+            out, _, normed = ops.add_topk_gather_norm(x, branch, score, 9, *norm, 1, scale, bias, fuse=fuse, eps=EPS)
+            kept = functools.partial(reference.topk_gather, score=score, k=9, fuse=fuse)
+            check_rows(out, lambda y, kept=kept: kept(y)[0], x, branch, scale, bias)
+            check_norm(normed, out, *norm)
 
 
 @pytest.mark.parametrize("C", [24, 23])

@@ -3,13 +3,14 @@
 import pytest
 import torch
 from cases import MERGE_CASES, MergeCase
-from norm_oracle import EPS, affine, branch_of, check_norm
+from norm_oracle import EPS, affine, branch_of, check_norm, check_rows, scaled
 from oracle import check_merge, same
-from topk_cases import TOPK_CASES, TopkCase
+from topk_cases import FUSE, TOPK_CASES, TopkCase
 from topk_oracle import check_gather
 from triton_aot import SHARED_LIMIT, TARGETS, compile_for, launches, resources
 from triton_interpreter import interpreter
 
+from tokred_kernels import reference
 from tokred_kernels.triton._norm import WIDEST
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -50,6 +51,23 @@ def test_add_topk_gather_norm(case, triton):
         check_norm(normed, out, *norm)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("given", ["both", "scale", "bias"])
+def test_a_branch_with_scale_and_bias(given, dtype, triton):
+    case = MergeCase(C=33, dtype=dtype, size="count")
+    x, assign, size = case.x(), case.assign(), case.per_token("size")
+    branch, norm, (scale, bias) = branch_of(x), affine(case.C), scaled(case.C, torch.float32, dtype)
+    scale, bias = None if given == "bias" else scale, None if given == "scale" else bias
+    out, _, normed = triton("add_merge_norm", x, branch, assign, case.M, *norm, size, scale, bias, eps=EPS)
+    check_rows(out, lambda y: reference.merge(y, assign, case.M, size)[0], x, branch, scale, bias)
+    check_norm(normed, out, *norm)
+    score = size.softmax(1)
+    for fuse in FUSE:
+        out, _, normed = triton("add_topk_gather_norm", x, branch, score, 9, *norm, 1, scale, bias, fuse=fuse, eps=EPS)
+        check_rows(out, lambda y, fuse=fuse: reference.topk_gather(y, score, 9, fuse=fuse)[0], x, branch, scale, bias)
+        check_norm(normed, out, *norm)
+
+
 def test_rows_too_wide_for_registers_and_without_weights(triton):
     case = MergeCase(B=1, N=5, M=3, C=WIDEST + 1, size="count")
     x, assign, size = case.x(), case.assign(), case.per_token("size")
@@ -59,6 +77,9 @@ def test_rows_too_wide_for_registers_and_without_weights(triton):
     out, assign, normed = triton("add_topk_gather_norm", x, x, size, 2, None, None, fuse="sum")
     check_gather((out, assign), x + x, size, 2, 1, "sum")
     check_norm(normed, out, None, None, 1e-6)
+    scale, bias = scaled(case.C)
+    out, _, _ = triton("add_merge_norm", x, x, assign, 1, None, None, size, scale, bias)
+    check_rows(out, lambda y: reference.merge(y, assign, 1, size)[0], x, x, scale, bias)
 
 
 def test_the_kernels_are_what_runs(triton):
@@ -104,6 +125,9 @@ def _variants() -> list:
         assign, size = torch.zeros(2, N, dtype=torch.int32), torch.ones(2, N)
         found.update(dict.fromkeys(launches("add_merge_norm", x, x, assign, N - 13, *norm, size)))
         found.update(dict.fromkeys(launches("add_topk_gather_norm", x, x, size, N // 2, *norm, fuse="mean")))
+        if N == 197:
+            found.update(dict.fromkeys(launches("add_merge_norm", x, x, assign, N - 13, *norm, size, *norm)))
+            found.update(dict.fromkeys(launches("add_topk_gather_norm", x, x, size, 99, *norm, 1, *norm, fuse="mean")))
     return [launch for launch in found if launch.name in ("merge_kernel", "gather_norm_kernel")]
 
 

@@ -120,17 +120,25 @@ def add_merge_norm(
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
     size: Tensor | None,
+    branch_scale: Tensor | None,
+    branch_bias: Tensor | None,
 ) -> None:
     merge(x, assign, m, size, None, "mean", "add_merge_norm")
-    _add_norm("add_merge_norm", x, branch, norm_weight, norm_bias)
+    rows = {
+        "norm_weight": norm_weight,
+        "norm_bias": norm_bias,
+        "branch_scale": branch_scale,
+        "branch_bias": branch_bias,
+    }
+    _add_norm("add_merge_norm", x, branch, rows)
 
 
-def _add_norm(op: str, x: Tensor, branch: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None) -> None:
+def _add_norm(op: str, x: Tensor, branch: Tensor, rows: dict[str, Tensor | None]) -> None:
     _dense(op, "branch", branch)
     if branch.dtype != x.dtype:
         _fail(op, "branch", f"{_name(x.dtype)} as x", _name(branch.dtype))
     _shape_and_device(op, "branch", branch, "[B, N, C]", x.shape, x.device)
-    for argument, t in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
+    for argument, t in rows.items():
         if t is not None:
             _floating(op, argument, t)
             _shape_and_device(op, argument, t, "[C]", x.shape[2:], x.device)
@@ -236,10 +244,18 @@ def add_topk_gather_norm(
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
     prefix,
+    branch_scale: Tensor | None,
+    branch_bias: Tensor | None,
     fuse: str,
 ) -> None:
     topk_gather(x, score, k, prefix, fuse, "add_topk_gather_norm")
-    _add_norm("add_topk_gather_norm", x, branch, norm_weight, norm_bias)
+    rows = {
+        "norm_weight": norm_weight,
+        "norm_bias": norm_bias,
+        "branch_scale": branch_scale,
+        "branch_bias": branch_bias,
+    }
+    _add_norm("add_topk_gather_norm", x, branch, rows)
 
 
 def pairwise_distance(x: Tensor) -> None:

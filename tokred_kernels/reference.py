@@ -137,12 +137,24 @@ def add_merge_norm(
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
     size: Tensor | None = None,
+    branch_scale: Tensor | None = None,
+    branch_bias: Tensor | None = None,
     *,
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check.add_merge_norm(x, branch, assign, m, norm_weight, norm_bias, size)
-    out, size_out = merge(x + branch, assign, m, size)
+    _check.add_merge_norm(x, branch, assign, m, norm_weight, norm_bias, size, branch_scale, branch_bias)
+    out, size_out = merge(residual(x, branch, branch_scale, branch_bias), assign, m, size)
     return out, size_out, _layer_norm(out, norm_weight, norm_bias, eps)
+
+
+def residual(x: Tensor, branch: Tensor, scale: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    """x + scale (branch + bias), rounded once."""
+    wide = _wide(branch)
+    if bias is not None:
+        wide = wide + bias.to(wide.dtype)
+    if scale is not None:
+        wide = wide * scale.to(wide.dtype)
+    return (_wide(x) + wide).to(x.dtype)
 
 
 def _layer_norm(row: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
@@ -308,10 +320,12 @@ def add_topk_gather_norm(
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
     prefix: int = 1,
+    branch_scale: Tensor | None = None,
+    branch_bias: Tensor | None = None,
     *,
     fuse: str = "none",
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check.add_topk_gather_norm(x, branch, score, k, norm_weight, norm_bias, prefix, fuse)
-    out, assign = topk_gather(x + branch, score, k, prefix, fuse=fuse)
+    _check.add_topk_gather_norm(x, branch, score, k, norm_weight, norm_bias, prefix, branch_scale, branch_bias, fuse)
+    out, assign = topk_gather(residual(x, branch, branch_scale, branch_bias), score, k, prefix, fuse=fuse)
     return out, assign, _layer_norm(out, norm_weight, norm_bias, eps)

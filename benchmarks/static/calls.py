@@ -77,8 +77,13 @@ def _reduction(s: Shape, call: Callable) -> Iterator[Call]:
     yield call("topk_gather", "mean", x, score, k, fuse="mean", floor=fused, flops=2 * B * (N - 1 - k) * C)
     tail = {"floor": 2 * B * (N + M) * row + 2 * row + 2 * per_token + 4 * B * M, "flops": B * (3 * N + 8 * M) * C}
     yield call("add_merge_norm", "size", x, branch, assign, M, *affine, size, **tail)
+    if s is SHAPES[0]:
+        yield call("add_merge_norm", "size, scale, bias", x, branch, assign, M, *affine, size, *affine, **tail)
     tail = {"floor": 2 * B * (N + k + 2) * row + 2 * row + 2 * per_token, "flops": B * (3 * N + 8 * k) * C}
     yield call("add_topk_gather_norm", "mean", x, branch, score, k, *affine, fuse="mean", **tail)
+    if s is SHAPES[0]:
+        form = "mean, scale, bias"
+        yield call("add_topk_gather_norm", form, x, branch, score, k, *affine, 1, *affine, fuse="mean", **tail)
 
 
 def _attention(s: Shape, call: Callable) -> Iterator[Call]:

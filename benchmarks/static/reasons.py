@@ -10,7 +10,7 @@ OCCUPANCY = {
     "attention|column": "logits and sums fill the registers; over 64 KB of keys and values an SM are in flight",
     "cls_kernel": "four keys a thread in flight, 32 KB an SM: what the bandwidth needs",
     "merge_kernel|gather_kernel": "a warp a block: 32 are the most, 50 %; each has four rows in flight",
-    "add_": "sums of two tokens fill the registers; 36 KB of them an SM are in flight, the bandwidth needs 24",
+    "add_": "the sums of two tokens fill the registers; 36 KB of them an SM are in flight, the bandwidth needs 24",
     "gather_norm_kernel": "16 loads of the fused row fill the registers; 15 KB an SM in flight, the bandwidth needs 24",
     "rows_kernel|queries_kernel|keys_kernel": "bound by products: logits and sums of gradients fill the registers",
     "pairwise_distance_kernel": "bound by arithmetic: 32 x 32 sums fill the registers",

@@ -22,13 +22,14 @@ struct MatchImage {
   int64_t ahead_bytes;
 };
 
-// What the add_*_norm ops do to one image beside merge or topk_gather: the tokens are x + branch, and each row of out
-// is normalised too. All null without it.
+// What the add_*_norm ops do to one image beside merge or topk_gather: the tokens are x + branch_scale (branch +
+// branch_bias), and each row of out is normalised too. All null without it.
 struct Tail {
   const void* branch;  // [N, C]
   int64_t s_n;
-  void* normed;               // [M, C]
-  const void *weight, *bias;  // [C] wide, or null
+  void* normed;                            // [M, C]
+  const void *weight, *bias;               // [C] wide, or null
+  const void *branch_scale, *branch_bias;  // the same
   double eps;
 };
 

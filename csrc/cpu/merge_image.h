@@ -1,5 +1,5 @@
 // merge, one image: out_j = sum_i w_i x_i / sum_i w_i over assign_i = j, members in index order, accumulated in the
-// wide type. add_merge_norm: the same of x + branch, and the LayerNorm of each row; see norm_image.h.
+// wide type. add_merge_norm: the same of x and a branch, and the LayerNorm of each row; see norm_image.h.
 //
 // The members of each row are linked lists built from the back, so that they read in index order; a row with one member
 // is a memcpy, one with several is added up in registers, 4 vectors of channels at a time, and written once.
@@ -11,7 +11,7 @@
 
 constexpr int32_t kNone = -1;
 
-template <bool kAdd, class E>
+template <Add kAdd, class E>
 struct Rows {
   Tokens<kAdd, E> tokens;
   const int32_t* next;  // [N] the next member of the same row
@@ -19,7 +19,7 @@ struct Rows {
 };
 
 // kVectors vectors of channels at c of the members from `first` on; out = sum w x / divisor, or the maximum.
-template <int kVectors, bool kAmax, bool kAdd, class E>
+template <int kVectors, bool kAmax, Add kAdd, class E>
 inline void reduce_chunk(const Rows<kAdd, E>& rows, int32_t first, int64_t c, Wide<E> divisor,
                          Vec<Wide<E>> (&acc)[kVectors]) {
   using T = Wide<E>;
@@ -40,7 +40,7 @@ inline void reduce_chunk(const Rows<kAdd, E>& rows, int32_t first, int64_t c, Wi
 }
 
 // The last n < lanes channels, one at a time.
-template <bool kAmax, bool kAdd, class E>
+template <bool kAmax, Add kAdd, class E>
 void reduce_tail(const Rows<kAdd, E>& rows, int32_t first, int64_t c, int64_t n, Wide<E> divisor, E* out) {
   using T = Wide<E>;
   Vec<T> acc = kAmax ? rows.tokens.at(first, c, n) : Vec<T>{};
@@ -54,7 +54,7 @@ void reduce_tail(const Rows<kAdd, E>& rows, int32_t first, int64_t c, int64_t n,
   store_first(out, !kAmax && divisor != 1 ? acc / divisor : acc, n);
 }
 
-template <bool kAmax, bool kAdd, class E>
+template <bool kAmax, Add kAdd, class E>
 void reduce_row(const Rows<kAdd, E>& rows, int32_t first, int64_t C, Wide<E> divisor, E* out) {
   using T = Wide<E>;
   constexpr int W = kLanes<T>, kVectors = 4;
@@ -72,7 +72,7 @@ void reduce_row(const Rows<kAdd, E>& rows, int32_t first, int64_t C, Wide<E> div
   if (c < C) reduce_tail<kAmax>(rows, first, c, C - c, divisor, out + c);
 }
 
-template <bool kAdd, class E>
+template <Add kAdd, class E>
 void merge_image_of(const MergeImage& m) {
   using T = Wide<E>;
   Scratch scratch(Scratch::bytes<int32_t>(m.M) + Scratch::bytes<int32_t>(m.N));
@@ -90,7 +90,7 @@ void merge_image_of(const MergeImage& m) {
   const T* size = static_cast<const T*>(m.size);
   const T* w = static_cast<const T*>(m.weight);
   if (!w && !sum) w = size;
-  const Tokens<kAdd, E> tokens{static_cast<const E*>(m.x), m.s_n, static_cast<const E*>(m.tail.branch), m.tail.s_n};
+  const Tokens<kAdd, E> tokens(m.x, m.s_n, m.tail);
   const Rows<kAdd, E> weighted{tokens, next, w}, plain{tokens, next, nullptr};
   E* out = static_cast<E*>(m.out);
   E* normed = static_cast<E*>(m.tail.normed);
@@ -115,16 +115,14 @@ void merge_image_of(const MergeImage& m) {
       reduce_row<false>(plain, first[j], m.C, T(members), out);
     else
       reduce_row<false>(weighted, first[j], m.C, sum ? T(1) : total_w, out);
-    if (kAdd) normalize_row(out, m.C, m.tail, normed + j * m.C);
+    if (kAdd != kNothing) normalize_row(out, m.C, m.tail, normed + j * m.C);
   }
 }
 
 template <class E>
 void merge_image_in(const MergeImage& m) {
-  if (m.tail.normed)
-    merge_image_of<true, E>(m);
-  else
-    merge_image_of<false, E>(m);
+  if (!m.tail.normed) return merge_image_of<kNothing, E>(m);
+  m.tail.branch_scale || m.tail.branch_bias ? merge_image_of<kScaled, E>(m) : merge_image_of<kPlain, E>(m);
 }
 
 void merge_image(const MergeImage& m) {

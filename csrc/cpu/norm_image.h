@@ -1,31 +1,47 @@
 // What add_merge_norm and add_topk_gather_norm do to the tokens on their way in and to the rows on their way out:
 //
-//   y_i = x_i + branch_i, rounded to its type, wherever merge or topk_gather would read x_i
+//   y_i = x_i + branch_scale (branch_i + branch_bias), rounded to its type, wherever merge or topk_gather read x_i
 //   normed_j = (out_j - mean) / sqrt(variance + eps) * weight + bias over the C channels of out_j, as rounded, while
 //   the row is in the first-level cache: 8 C operations, no memory but normed
 //
 // y itself is never in memory.
 
-// Tokens [N, C], or their sums with those of a branch.
-template <bool kAdd, class E>
+// What is added to the tokens: nothing, a branch, or one with a scale or a bias.
+enum Add : int { kNothing, kPlain, kScaled };
+
+// Tokens [N, C] with that.
+template <Add kAdd, class E>
 struct Tokens {
-  const E* x;
-  int64_t s_n;
-  const E* branch;  // not looked at without kAdd
-  int64_t branch_s_n;
+  using T = Wide<E>;
+
+  Tokens(const void* x, int64_t s_n, const Tail& tail)
+      : x(static_cast<const E*>(x)),
+        branch(static_cast<const E*>(tail.branch)),
+        scale(static_cast<const T*>(tail.branch_scale)),
+        bias(static_cast<const T*>(tail.branch_bias)),
+        s_n(s_n),
+        branch_s_n(tail.s_n) {}
 
   // Channels c .. of token i, n of them in the second form.
-  Vec<Wide<E>> at(int64_t i, int64_t c) const {
-    const Vec<Wide<E>> value = load(x + i * s_n + c);
-    return kAdd ? rounded(value + load(branch + i * branch_s_n + c)) : value;
+  Vec<T> at(int64_t i, int64_t c) const {
+    const Vec<T> value = load(x + i * s_n + c);
+    if (kAdd == kNothing) return value;
+    Vec<T> more = load(branch + i * branch_s_n + c);
+    if (kAdd == kScaled && bias) more += load(bias + c);
+    if (kAdd == kScaled && scale) more *= load(scale + c);
+    return rounded(value + more);
   }
-  Vec<Wide<E>> at(int64_t i, int64_t c, int64_t n) const {
-    const Vec<Wide<E>> value = load_first(x + i * s_n + c, n);
-    return kAdd ? rounded(value + load_first(branch + i * branch_s_n + c, n)) : value;
+  Vec<T> at(int64_t i, int64_t c, int64_t n) const {
+    const Vec<T> value = load_first(x + i * s_n + c, n);
+    if (kAdd == kNothing) return value;
+    Vec<T> more = load_first(branch + i * branch_s_n + c, n);
+    if (kAdd == kScaled && bias) more += load_first(bias + c, n);
+    if (kAdd == kScaled && scale) more *= load_first(scale + c, n);
+    return rounded(value + more);
   }
   void copy(int64_t i, int64_t C, E* out) const {
-    constexpr int W = kLanes<Wide<E>>;
-    if (!kAdd) {
+    constexpr int W = kLanes<T>;
+    if (kAdd == kNothing) {
       memcpy(out, x + i * s_n, C * sizeof(E));
       return;
     }
@@ -35,9 +51,13 @@ struct Tokens {
   }
 
  private:
-  static Vec<Wide<E>> rounded(Vec<Wide<E>> value) {
-    if constexpr (sizeof(E) == sizeof(Wide<E>)) return value;
-    E narrow[kLanes<Wide<E>>];
+  const E *x, *branch;    // branch, scale and bias are not looked at without kAdd
+  const T *scale, *bias;  // [C] or null
+  int64_t s_n, branch_s_n;
+
+  static Vec<T> rounded(Vec<T> value) {
+    if constexpr (sizeof(E) == sizeof(T)) return value;
+    E narrow[kLanes<T>];
     store(narrow, value);
     return load(narrow);
   }

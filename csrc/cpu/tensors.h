@@ -148,6 +148,8 @@ class Tails {
         args_(args),
         weight_(per_token(args.weight, wide(x.scalar_type()))),
         bias_(per_token(args.bias, wide(x.scalar_type()))),
+        branch_scale_(per_token(args.branch_scale, wide(x.scalar_type()))),
+        branch_bias_(per_token(args.branch_bias, wide(x.scalar_type()))),
         out_(static_cast<char*>(normed.mutable_data_ptr())),
         image_bytes_(M * x.size(2) * int64_t(normed.element_size())) {}
   Tail operator[](int64_t b) const {
@@ -156,13 +158,15 @@ class Tails {
             out_ + b * image_bytes_,
             element(weight_, 0),
             element(bias_, 0),
+            element(branch_scale_, 0),
+            element(branch_bias_, 0),
             args_.eps};
   }
   const Tensor normed;  // [B, M, C]
 
  private:
   const NormArgs& args_;
-  const OptionalTensor weight_, bias_;
+  const OptionalTensor weight_, bias_, branch_scale_, branch_bias_;
   char* out_;
   int64_t image_bytes_;
 };

@@ -1,6 +1,6 @@
 // topk and topk_gather, one image: the k patches with the best scores keep their order; the others are dropped, or are
 // one more row: sum_i score_i x_i, in a mean divided by sum_i score_i (sum_i x_i / count where that is 0).
-// add_topk_gather_norm: the same of x + branch, and the LayerNorm of each row; see norm_image.h.
+// add_topk_gather_norm: the same of x and a branch, and the LayerNorm of each row; see norm_image.h.
 //
 // 1. keys: the scores as integers of the same order, -0 like +0, NaN like -inf.
 // 2. the k-th largest key by bisection on its bits, at most 32 (64 for double): a vectorised count of the keys from a
@@ -83,7 +83,7 @@ void topk_image_of(const TopkImage& m) {
 void topk_image(const TopkImage& m) { m.dtype == Dtype::kDouble ? topk_image_of<double>(m) : topk_image_of<float>(m); }
 
 // sum [C padded to the lanes] += w x of token i
-template <bool kAdd, class E>
+template <Add kAdd, class E>
 inline void add_row(const Tokens<kAdd, E>& tokens, int64_t i, Wide<E> w, int64_t C, Wide<E>* sum) {
   constexpr int W = kLanes<Wide<E>>;
   int64_t c = 0;
@@ -99,7 +99,7 @@ void store_row(const Wide<E>* sum, Wide<E> divisor, int64_t C, E* out) {
   if (c < C) store_first(out + c, load(sum + c) / divisor, C - c);
 }
 
-template <bool kAdd, class E>
+template <Add kAdd, class E>
 void topk_gather_image_of(const TopkGatherImage& g) {
   using T = Wide<E>;
   topk_image_of<T>(g.topk);
@@ -114,7 +114,7 @@ void topk_gather_image_of(const TopkGatherImage& g) {
     if (divisor == 0) w = nullptr, divisor = T(N - others);  // the plain mean
   }
 
-  const Tokens<kAdd, E> tokens{static_cast<const E*>(g.x), g.s_n, static_cast<const E*>(g.tail.branch), g.tail.s_n};
+  const Tokens<kAdd, E> tokens(g.x, g.s_n, g.tail);
   E* out = static_cast<E*>(g.out);
   E* normed = static_cast<E*>(g.tail.normed);
   Scratch scratch(Scratch::bytes<T>(round_up(g.C, kLanes<T>)));
@@ -128,19 +128,17 @@ void topk_gather_image_of(const TopkGatherImage& g) {
       continue;
     }
     tokens.copy(i, g.C, out + j * g.C);
-    if (kAdd) normalize_row(out + j * g.C, g.C, g.tail, normed + j * g.C);
+    if (kAdd != kNothing) normalize_row(out + j * g.C, g.C, g.tail, normed + j * g.C);
   }
   if (others == g.M) return;
   store_row(sum, divisor, g.C, out + others * g.C);
-  if (kAdd) normalize_row(out + others * g.C, g.C, g.tail, normed + others * g.C);
+  if (kAdd != kNothing) normalize_row(out + others * g.C, g.C, g.tail, normed + others * g.C);
 }
 
 template <class E>
 void topk_gather_image_in(const TopkGatherImage& g) {
-  if (g.tail.normed)
-    topk_gather_image_of<true, E>(g);
-  else
-    topk_gather_image_of<false, E>(g);
+  if (!g.tail.normed) return topk_gather_image_of<kNothing, E>(g);
+  g.tail.branch_scale || g.tail.branch_bias ? topk_gather_image_of<kScaled, E>(g) : topk_gather_image_of<kPlain, E>(g);
 }
 
 void topk_gather_image(const TopkGatherImage& g) {

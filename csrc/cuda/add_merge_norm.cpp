@@ -15,11 +15,12 @@ static void merge_norm_into(const char* op, const MergeArgs& args, const NormArg
 std::tuple<Tensor, Tensor, Tensor> add_merge_norm_cuda(const Tensor& x, const Tensor& branch, const Tensor& assign,
                                                        int64_t m, const OptionalTensor& norm_weight,
                                                        const OptionalTensor& norm_bias, const OptionalTensor& size,
-                                                       double eps) {
+                                                       const OptionalTensor& branch_scale,
+                                                       const OptionalTensor& branch_bias, double eps) {
   const DeviceGuard guard(x.get_device_index());
   const char* op = "add_merge_norm";
   const MergeArgs args = merge_args(op, x, assign, m, size, std::nullopt);
-  const NormArgs norm = norm_args(op, x, branch, norm_weight, norm_bias, eps);
+  const NormArgs norm = norm_args(op, x, branch, norm_weight, norm_bias, branch_scale, branch_bias, eps);
   debug_assign_values(op, args.assign, m);
   Tensor out = torch::stable::new_empty(x, {args.B, m, args.C});
   Tensor size_out = torch::stable::new_empty(x, {args.B, m}, ScalarType::Float);

@@ -1,4 +1,5 @@
-// add_merge_norm: out_j = the mean of x_i + branch_i over assign_i = j, in index order, and its LayerNorm.
+// add_merge_norm: out_j = the mean of y_i = x_i + branch_scale (branch_i + branch_bias) over assign_i = j, in index
+// order, and its LayerNorm.
 //
 // A warp takes an output row: it finds the members as merge.cuh does and adds up 16 bytes of channels a lane, or copies
 // a single member; the row goes to out and to shared memory, and from there through its two moments to normed.
@@ -8,10 +9,10 @@
 // and one of branch each have 36 KB in flight.
 //
 //   sm_90                              registers   blocks an SM   shared memory at C = 384
-//   add_merge_norm_kernel<float, 4>           80              3                      22 KB
+//   add_merge_norm_kernel<float, 4>           72              3                      22 KB
 //   add_merge_norm_kernel<half, 8>            80              3                      16 KB
 //   add_merge_norm_kernel<bfloat16, 8>        80              3                      16 KB
-//   add_merge_norm_kernel<*, 1>               80              3                      10 KB
+//   add_merge_norm_kernel<*, 1>          70 - 72              3                      10 KB
 #pragma once
 #include "merge.cuh"
 
@@ -29,8 +30,6 @@ __global__ void __launch_bounds__(kThreads, 3)
   const int vectors = g.C / kVector, chunks = g.C ? ceil_div(vectors, kWarp) : 1;
   const int32_t* assign = g.assign + b * g.N;
   const float* size = g.size ? g.size + b * g.N : nullptr;
-  const float* w = size;  // null: 1
-  const SumTokens<T> tokens = sum_tokens<T>(g.x, g.s_b, g.s_n, tail, b);
   const int64_t at = (b * g.M + j) * g.C;
   Vector* out = reinterpret_cast<Vector*>(static_cast<T*>(g.out) + at);
   unsigned char* memory = shared_memory() + warp * (kListed * sizeof(int) + row_bytes);
@@ -39,17 +38,20 @@ __global__ void __launch_bounds__(kThreads, 3)
   Members list{reinterpret_cast<int*>(memory), 0, 0};
   collect(assign, g.N, j, list);
   const bool whole = list.next >= g.N, single = whole && list.found == 1;
-  const int only = single ? list.token[0] : 0;
   for (int chunk = 0; chunk < chunks; ++chunk) {
     const int v = chunk * kWarp + lane;
     const bool active = v < vectors;
+    auto channels = sum_channels<T, kVector>(g, tail, b, v * kVector);
+    typename decltype(channels)::Loaded only = {};  // on its way while the scale and the bias are read
+    if (single && active) only = channels.load(list.token[0]);
+    if (active) channels.read_rows(tail, v);
     Vector result;
     float total = 0;
     if (single) {
-      if (active) result = tokens.template at<kVector>(only, v * kVector);
-      total = size ? size[only] : 1;
+      result = channels.value(only);
+      total = size ? size[list.token[0]] : 1;
     } else {
-      const RowSum<kVector> sum = sum_members<kVector>(g, tokens, assign, j, list, whole, v * kVector, active, w, size);
+      const auto sum = sum_members<kVector>(channels, assign, g.N, j, list, whole, active, size, size, kReduceMean);
       result = sum.template result<T>(true);
       total = sum.size;
     }

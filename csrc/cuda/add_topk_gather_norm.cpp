@@ -16,11 +16,13 @@ static void gather_norm_into(const char* op, const TopkGatherArgs& args, const N
 std::tuple<Tensor, Tensor, Tensor> add_topk_gather_norm_cuda(const Tensor& x, const Tensor& branch, const Tensor& score,
                                                              int64_t k, const OptionalTensor& norm_weight,
                                                              const OptionalTensor& norm_bias, int64_t prefix,
-                                                             std::string fuse, double eps) {
+                                                             const OptionalTensor& branch_scale,
+                                                             const OptionalTensor& branch_bias, std::string fuse,
+                                                             double eps) {
   const DeviceGuard guard(x.get_device_index());
   const char* op = "add_topk_gather_norm";
   const TopkGatherArgs args = topk_gather_args(op, x, score, k, prefix, fuse);
-  const NormArgs norm = norm_args(op, x, branch, norm_weight, norm_bias, eps);
+  const NormArgs norm = norm_args(op, x, branch, norm_weight, norm_bias, branch_scale, branch_bias, eps);
   Tensor assign = new_int32(x, {args.topk.B, args.topk.N});
   Tensor out = torch::stable::new_empty(x, {args.topk.B, args.topk.M, args.C});
   Tensor normed = torch::stable::new_empty(x, {args.topk.B, args.topk.M, args.C});

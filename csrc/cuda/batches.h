@@ -108,6 +108,7 @@ struct Tail {
   int64_t s_b, s_n;           // of branch
   float eps;
   bool wide;
+  const void *branch_scale, *branch_bias;  // [C] or null, as weight and bias
 };
 
 // g: a mean without weights of its own.

@@ -57,6 +57,10 @@ __device__ __forceinline__ float to_float(const Pack<__nv_bfloat16, 8>& pack, in
   const unsigned pair = reinterpret_cast<const unsigned*>(&pack)[i / 2];
   return __uint_as_float(i % 2 ? pair & 0xffff0000u : pair << 16);
 }
+__device__ __forceinline__ float to_float(const Pack<__half, 8>& pack, int i) {
+  const __half2 pair = reinterpret_cast<const __half2*>(&pack)[i / 2];
+  return i % 2 ? __high2float(pair) : __low2float(pair);
+}
 
 // The sum over the block, in every thread. counts: shared, an int a warp, not in use by the call before.
 __device__ __forceinline__ int block_sum(int value, int* counts) {

@@ -9,10 +9,10 @@
 // have the 24 KB in flight that this needs.
 //
 //   sm_90                     registers   blocks an SM   shared memory
-//   merge_kernel<float, 4>           64              4           10 KB
+//   merge_kernel<float, 4>           60              4           10 KB
 //   merge_kernel<half, 8>            64              4
-//   merge_kernel<bfloat16, 8>        64              4
-//   merge_kernel<*, 1>          63 - 64              4
+//   merge_kernel<bfloat16, 8>        61              4
+//   merge_kernel<*, 1>          56 - 64              4
 #pragma once
 #include "norm.cuh"
 
@@ -61,32 +61,34 @@ struct RowSum {
   float value[kVector] = {}, weight = 0, size = 0;
   int count = 0;
 
-  // Adds the listed members from channel c on; lanes beyond the last channel are not active, w null means 1.
-  template <typename Tokens>
-  __device__ __forceinline__ void add(const Members& list, const Tokens& tokens, int c, bool active, const float* w,
-                                      const float* sizes, bool amax) {
-    for (int first = 0; first < list.found; first += kAhead) {
-      Pack<typename Tokens::T, kVector> part[kAhead] = {};
-      float w_of[kAhead];
+  // Adds the listed members; lanes beyond the last channel are not active, w null or `plain` means 1.
+  template <typename Channels>
+  __device__ __forceinline__ void add(const Members& list, const Channels& channels, bool active, const float* w,
+                                      bool plain, const float* sizes, bool amax) {
+    constexpr int kTokens = kAhead / Channels::kLoads;
+    for (int first = 0; first < list.found; first += kTokens) {
+      typename Channels::Loaded part[kTokens] = {};
+      float w_of[kTokens];
 #pragma unroll
-      for (int k = 0; k < kAhead; ++k) {
+      for (int k = 0; k < kTokens; ++k) {
         if (first + k >= list.found) continue;
         const int i = list.token[first + k];
-        if (active) part[k] = tokens.template at<kVector>(i, c);
-        w_of[k] = w ? w[i] : 1;
+        if (active) part[k] = channels.load(i);
+        w_of[k] = w && !plain ? w[i] : 1;
       }
 #pragma unroll
-      for (int k = 0; k < kAhead; ++k) {
+      for (int k = 0; k < kTokens; ++k) {
         if (first + k >= list.found) continue;
+        const auto token = channels.value(part[k]);
 #pragma unroll
         for (int e = 0; e < kVector; ++e) {
-          const float v = to_float(part[k], e);
+          const float v = to_float(token, e);
           if (!amax)
             value[e] = fmaf(w_of[k], v, value[e]);
           else if (count == 0 || v > value[e] || v != v)  // NaN wins, the first of equal ones stays
             value[e] = v;
         }
-        size += sizes == w ? w_of[k] : sizes ? sizes[list.token[first + k]] : 1;
+        size += sizes == w && !plain ? w_of[k] : sizes ? sizes[list.token[first + k]] : 1;
         weight += w_of[k], ++count;
       }
     }
@@ -102,21 +104,20 @@ struct RowSum {
   }
 };
 
-// All members of row j. Where the weights of a mean sum to 0, w becomes null, and it is the plain mean.
-template <int kVector, typename Tokens>
-__device__ __forceinline__ RowSum<kVector> sum_members(const MergeBatch& g, const Tokens& tokens, const int32_t* assign,
-                                                       int j, Members& list, bool whole, int c, bool active,
-                                                       const float*& w, const float* size) {
+// All members of row j. Where the weights of a mean sum to 0, it is the plain mean.
+template <int kVector, typename Channels>
+__device__ __forceinline__ RowSum<kVector> sum_members(const Channels& channels, const int32_t* assign, int N, int j,
+                                                       Members& list, bool whole, bool active, const float* w,
+                                                       const float* size, Reduction reduce) {
   RowSum<kVector> sum;
-  for (bool again = true; again;) {
+  for (bool plain = false, again = true; again; plain = true) {
     sum = {};
     if (!whole) list.next = 0;
     do {
-      if (!whole) collect(assign, g.N, j, list);
-      sum.add(list, tokens, c, active, w, size, g.reduce == kReduceAmax);
-    } while (list.next < g.N);
-    again = g.reduce == kReduceMean && w && sum.count && sum.weight == 0;
-    if (again) w = nullptr;
+      if (!whole) collect(assign, N, j, list);
+      sum.add(list, channels, active, w, plain, size, reduce == kReduceAmax);
+    } while (list.next < N);
+    again = reduce == kReduceMean && w && !plain && sum.count && sum.weight == 0;
   }
   return sum;
 }
@@ -151,8 +152,8 @@ __global__ void __launch_bounds__(kThreads, 4) merge_kernel(const MergeBatch g, 
   for (int chunk = slice; chunk < chunks; chunk += grid.slices) {
     const int v = chunk * kWarp + lane;
     const bool active = v < vectors;
-    const RowSum<kVector> sum =
-        sum_members<kVector>(g, Tokens<T>{x, g.s_n}, assign, j, list, whole, v * kVector, active, w, size);
+    const Channels<T, kVector> channels{x + v * kVector, g.s_n};
+    const RowSum<kVector> sum = sum_members<kVector>(channels, assign, g.N, j, list, whole, active, w, size, g.reduce);
     if (chunk == 0 && lane == 0) g.size_out[b * g.M + j] = sum.size;
     if (active) reinterpret_cast<Vector*>(out)[v] = sum.template result<T>(g.reduce == kReduceMean);
   }

@@ -1,6 +1,6 @@
 // What add_merge_norm and add_topk_gather_norm do to the tokens on their way in and to the rows on their way out:
 //
-//   y_i = x_i + branch_i, rounded to its type
+//   y_i = x_i + branch_scale (branch_i + branch_bias), rounded to its type
 //   normed_j = (out_j - mean) / sqrt(variance + eps) * weight + bias over the C channels of out_j, as rounded
 //
 // A row stays in shared memory from its sum to its norm, each thread with the vectors that it wrote, so that no barrier
@@ -10,37 +10,56 @@
 
 namespace tokred {
 
-// Tokens [N, C] of an image.
-template <typename Type>
-struct Tokens {
-  using T = Type;
-  const T* x;
+// Some channels of the tokens [N, C] of an image.
+template <typename T, int kVector>
+struct Channels {
+  using Loaded = Pack<T, kVector>;
+  static constexpr int kLoads = 1;  // a token
+  const T* x;                       // at the first of them
   int64_t s_n;
-  template <int kVector>
-  __device__ __forceinline__ Pack<T, kVector> at(int i, int c) const {
-    return *reinterpret_cast<const Pack<T, kVector>*>(x + i * s_n + c);
-  }
+  __device__ __forceinline__ Loaded load(int i) const { return *reinterpret_cast<const Loaded*>(x + i * s_n); }
+  __device__ __forceinline__ Pack<T, kVector> value(const Loaded& loaded) const { return loaded; }
 };
 
-// Their sums with a branch.
-template <typename Type>
-struct SumTokens {
-  using T = Type;
-  Tokens<T> x, branch;
-  template <int kVector>
-  __device__ __forceinline__ Pack<T, kVector> at(int i, int c) const {
-    const Pack<T, kVector> a = x.template at<kVector>(i, c), b = branch.template at<kVector>(i, c);
+// Vector v of a row [C], float if `wide`, else T; `none` where there is no row.
+template <typename T, int kVector>
+__device__ __forceinline__ Pack<float, kVector> row_vector(const void* row, bool wide, int v, float none) {
+  Pack<float, kVector> values;
+  if (row && wide) return static_cast<const Pack<float, kVector>*>(row)[v];
+  const Pack<T, kVector> narrow = row ? static_cast<const Pack<T, kVector>*>(row)[v] : Pack<T, kVector>{};
+#pragma unroll
+  for (int e = 0; e < kVector; ++e) values.e[e] = row ? to_float(narrow, e) : none;
+  return values;
+}
+
+// Their sums with those of a branch.
+template <typename T, int kVector>
+struct SumChannels {
+  struct Loaded {
+    Pack<T, kVector> x, branch;
+  };
+  static constexpr int kLoads = 2;
+  Channels<T, kVector> x, branch;
+  Pack<float, kVector> scale = {}, bias = {};
+  __device__ __forceinline__ Loaded load(int i) const { return {x.load(i), branch.load(i)}; }
+  __device__ __forceinline__ Pack<T, kVector> value(const Loaded& loaded) const {
     Pack<T, kVector> sum;
 #pragma unroll
-    for (int e = 0; e < kVector; ++e) from_float(to_float(a, e) + to_float(b, e), sum.e[e]);
+    for (int e = 0; e < kVector; ++e)
+      from_float(fmaf(scale.e[e], to_float(loaded.branch, e) + bias.e[e], to_float(loaded.x, e)), sum.e[e]);
     return sum;
+  }
+  __device__ __forceinline__ void read_rows(const Tail& tail, int v) {
+    scale = row_vector<T, kVector>(tail.branch_scale, tail.wide, v, 1);
+    bias = row_vector<T, kVector>(tail.branch_bias, tail.wide, v, -0.f);  // -0 + -0 is -0
   }
 };
 
-template <typename T>
-__device__ __forceinline__ SumTokens<T> sum_tokens(const void* x, int64_t s_b, int64_t s_n, const Tail& tail,
-                                                   int64_t b) {
-  return {{static_cast<const T*>(x) + b * s_b, s_n}, {static_cast<const T*>(tail.branch) + b * tail.s_b, tail.s_n}};
+// Of image b of a batch and its branch, from channel c on.
+template <typename T, int kVector, typename Batch>
+__device__ __forceinline__ SumChannels<T, kVector> sum_channels(const Batch& g, const Tail& tail, int64_t b, int c) {
+  return {{static_cast<const T*>(g.x) + b * g.s_b + c, g.s_n},
+          {static_cast<const T*>(tail.branch) + b * tail.s_b + c, tail.s_n}};
 }
 
 // A sum over the threads that have a row, the same in all of them: a warp.
@@ -65,22 +84,13 @@ struct BlockSum {
   }
 };
 
-template <typename T, int kVector>
-__device__ __forceinline__ Pack<float, kVector> affine_of(const void* row, bool wide, int v) {
-  if (wide) return static_cast<const Pack<float, kVector>*>(row)[v];
-  const Pack<T, kVector> narrow = static_cast<const Pack<T, kVector>*>(row)[v];
-  Pack<float, kVector> values;
-#pragma unroll
-  for (int e = 0; e < kVector; ++e) values.e[e] = to_float(narrow, e);
-  return values;
-}
-
-// The thread has vectors first, first + step, ... of the row.
+// The thread has vectors first, first + step, ... of the row: two or three, too few for loops unrolled by four.
 template <typename T, int kVector, typename Sum>
 __device__ __forceinline__ void normalize_row(const Pack<T, kVector>* row, Pack<T, kVector>* normed, int first,
                                               int step, int vectors, const Tail& tail, const Sum& sum) {
   const float C = float(vectors * kVector);
   float part = 0;
+#pragma unroll 1
   for (int v = first; v < vectors; v += step) {
     const Pack<T, kVector> pack = row[v];
 #pragma unroll
@@ -88,6 +98,7 @@ __device__ __forceinline__ void normalize_row(const Pack<T, kVector>* row, Pack<
   }
   const float mean = sum(part) / C;
   part = 0;
+#pragma unroll 1
   for (int v = first; v < vectors; v += step) {
     const Pack<T, kVector> pack = row[v];
 #pragma unroll
@@ -97,24 +108,17 @@ __device__ __forceinline__ void normalize_row(const Pack<T, kVector>* row, Pack<
     }
   }
   const float scale = 1 / sqrtf(sum(part) / C + tail.eps);
+#pragma unroll 1
   for (int v = first; v < vectors; v += step) {
     const Pack<T, kVector> pack = row[v];
+    const auto weight = row_vector<T, kVector>(tail.weight, tail.wide, v, 1);
+    const auto bias = row_vector<T, kVector>(tail.bias, tail.wide, v, -0.f);
     float value[kVector];
 #pragma unroll
     for (int e = 0; e < kVector; ++e) value[e] = (to_float(pack, e) - mean) * scale;
-    if (tail.weight) {
-      const Pack<float, kVector> weight = affine_of<T, kVector>(tail.weight, tail.wide, v);
-#pragma unroll
-      for (int e = 0; e < kVector; ++e) value[e] *= weight.e[e];
-    }
-    if (tail.bias) {
-      const Pack<float, kVector> bias = affine_of<T, kVector>(tail.bias, tail.wide, v);
-#pragma unroll
-      for (int e = 0; e < kVector; ++e) value[e] += bias.e[e];
-    }
     Pack<T, kVector> result;
 #pragma unroll
-    for (int e = 0; e < kVector; ++e) from_float(value[e], result.e[e]);
+    for (int e = 0; e < kVector; ++e) from_float(fmaf(value[e], weight.e[e], bias.e[e]), result.e[e]);
     normed[v] = result;
   }
 }

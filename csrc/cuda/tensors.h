@@ -56,17 +56,21 @@ inline Scratch scratch_into(Tensor& memory, const Tensor& like) {
 struct TailArgs {
   Tail tail;
   bool aligned;
-  OptionalTensor weight, bias;
+  OptionalTensor weight, bias, branch_scale, branch_bias;
 };
 
 inline TailArgs tail_args(const NormArgs& args, const Tensor& x, const Tensor& normed) {
-  TailArgs a{{}, true, args.weight, args.bias};
-  // As they are where both are of the type of x, which is the usual model: no copy.
-  for (const OptionalTensor& t : {args.weight, args.bias}) a.tail.wide |= t && t->scalar_type() != x.scalar_type();
-  if (a.tail.wide) a.weight = per_token(a.weight, ScalarType::Float), a.bias = per_token(a.bias, ScalarType::Float);
-  for (const OptionalTensor& t : {a.weight, a.bias}) a.aligned &= !t || is_aligned(*t, {});
-  a.tail.weight = a.weight ? a.weight->const_data_ptr() : nullptr;
-  a.tail.bias = a.bias ? a.bias->const_data_ptr() : nullptr;
+  TailArgs a{{}, true, args.weight, args.bias, args.branch_scale, args.branch_bias};
+  OptionalTensor* const rows[] = {&a.weight, &a.bias, &a.branch_scale, &a.branch_bias};
+  const void** const pointers[] = {&a.tail.weight, &a.tail.bias, &a.tail.branch_scale, &a.tail.branch_bias};
+  // As they are where all are of the type of x, which is the usual model: no copy.
+  for (const OptionalTensor* row : rows) a.tail.wide |= *row && (*row)->scalar_type() != x.scalar_type();
+  for (int i = 0; i < 4; ++i) {
+    OptionalTensor& row = *rows[i];
+    if (a.tail.wide) row = per_token(row, ScalarType::Float);
+    a.aligned &= !row || is_aligned(*row, {});
+    *pointers[i] = row ? row->const_data_ptr() : nullptr;
+  }
   a.tail.branch = args.branch.const_data_ptr(), a.tail.normed = normed.mutable_data_ptr();
   a.tail.s_b = args.s_b, a.tail.s_n = args.s_n, a.tail.eps = float(args.eps);
   a.aligned &= is_aligned(args.branch, {args.s_b, args.s_n});

@@ -11,7 +11,7 @@
 //   topk_gather_kernel<float, 4>           56              4           10 KB
 //   topk_gather_kernel<half, 8>            56              4
 //   topk_gather_kernel<bfloat16, 8>        56              4
-//   topk_gather_kernel<*, 1>          55 - 56              4
+//   topk_gather_kernel<*, 1>               56              4
 #pragma once
 #include "merge.cuh"
 
@@ -19,48 +19,48 @@ namespace tokred {
 
 constexpr int kMembersAhead = 8;
 
-// sum += w x and total += w over the listed members, from channel c on; lanes beyond the last are not active, w null
+// sum += w x and total += w over the listed members; lanes beyond the last are not active, w null
 // means 1.
-template <int kVector, typename Tokens>
-__device__ __forceinline__ void add_members(const Members& list, const Tokens& tokens, int c, bool active,
-                                            const float* w, float (&sum)[kVector], float& total) {
+template <int kVector, typename Channels>
+__device__ __forceinline__ void add_members(const Members& list, const Channels& channels, bool active, const float* w,
+                                            float (&sum)[kVector], float& total) {
   for (int first = 0; first < list.found; first += kMembersAhead) {
-    Pack<typename Tokens::T, kVector> part[kMembersAhead] = {};
+    typename Channels::Loaded part[kMembersAhead] = {};
     float w_of[kMembersAhead];
 #pragma unroll
     for (int k = 0; k < kMembersAhead; ++k) {
       if (first + k >= list.found) continue;
       const int i = list.token[first + k];
-      if (active) part[k] = tokens.template at<kVector>(i, c);
+      if (active) part[k] = channels.load(i);
       w_of[k] = w ? w[i] : 1;
     }
 #pragma unroll
     for (int k = 0; k < kMembersAhead; ++k) {
       if (first + k >= list.found) continue;
+      const auto token = channels.value(part[k]);
 #pragma unroll
-      for (int e = 0; e < kVector; ++e) sum[e] = fmaf(w_of[k], to_float(part[k], e), sum[e]);
+      for (int e = 0; e < kVector; ++e) sum[e] = fmaf(w_of[k], to_float(token, e), sum[e]);
       total += w_of[k];
     }
   }
 }
 
-// The fused row from channel c on.
-template <int kVector, typename Tokens>
-__device__ __forceinline__ Pack<typename Tokens::T, kVector> fuse(const GatherBatch& g, const int32_t* assign,
-                                                                  const float* w, const Tokens& tokens, int c,
-                                                                  bool active, Members list) {
+// The fused row.
+template <typename T, int kVector, typename Channels>
+__device__ __forceinline__ Pack<T, kVector> fuse(const GatherBatch& g, const int32_t* assign, const float* w,
+                                                 const Channels& channels, bool active, Members list) {
   float sum[kVector], total;
   for (bool again = true; again;) {
     for (float& s : sum) s = 0;
     total = 0, list.next = 0;
     do {
       collect(assign, g.N, g.copied, list);
-      add_members(list, tokens, c, active, w, sum, total);
+      add_members(list, channels, active, w, sum, total);
     } while (list.next < g.N);
     again = g.mean && w && total == 0;
     if (again) w = nullptr;  // the plain mean
   }
-  Pack<typename Tokens::T, kVector> result;
+  Pack<T, kVector> result;
 #pragma unroll
   for (int e = 0; e < kVector; ++e) from_float(g.mean ? sum[e] / total : sum[e], result.e[e]);
   return result;
@@ -81,7 +81,8 @@ __global__ void __launch_bounds__(kThreads, 4) topk_gather_kernel(const GatherBa
     const Members list{reinterpret_cast<int*>(shared_memory()) + warp * kListed, 0, 0};
     constexpr int kFused = kFusedVector<T, kVector>;
     const int c = (item * kWarp + int(threadIdx.x) % kWarp) * kFused;
-    const auto fused = fuse<kFused>(g, assign, g.score + b * g.N, Tokens<T>{x, g.s_n}, c, c < g.C, list);
+    const Channels<T, kFused> channels{x + c, g.s_n};
+    const auto fused = fuse<T, kFused>(g, assign, g.score + b * g.N, channels, c < g.C, list);
     if (c < g.C) *reinterpret_cast<Pack<T, kFused>*>(out + int64_t(g.copied) * g.C + c) = fused;
     return;
   }

@@ -23,3 +23,9 @@ inline __half __float2half_rn(float f) {
   const float mantissa = frexpf(f, &exponent) * 2048;  // in [1024, 2048)
   return {uint16_t(sign | ((exponent + 13) * 1024 + int(nearbyintf(mantissa))))};
 }
+
+struct __half2 {
+  __half x, y;
+};
+inline float __low2float(__half2 pair) { return __half2float(pair.x); }
+inline float __high2float(__half2 pair) { return __half2float(pair.y); }

@@ -32,14 +32,15 @@ static std::vector<uint64_t> match(uintptr_t metric, uintptr_t weight, uintptr_t
   return {keys, keys + m.B * m.rows_a()};
 }
 
-// branch, normed, norm_weight, norm_bias, the strides [b, n] of branch, whether the norm's rows are float32, eps; or
-// nothing.
-using TailArgs = std::optional<std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t, bool, float>>;
+// branch, normed, norm_weight, norm_bias, branch_scale, branch_bias, the strides [b, n] of branch, whether the four
+// rows are float32, eps; or nothing.
+using TailArgs = std::optional<
+    std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t, bool, float>>;
 
 static Tail tail_of(const TailArgs& args) {
-  const auto [branch, normed, weight, bias, s_b, s_n, wide, eps] = *args;
-  return {
-      pointer<void>(branch), pointer<void>(normed), pointer<void>(weight), pointer<void>(bias), s_b, s_n, eps, wide};
+  const auto [branch, normed, weight, bias, scale, shift, s_b, s_n, wide, eps] = *args;
+  return {pointer<void>(branch), pointer<void>(normed), pointer<void>(weight), pointer<void>(bias), s_b, s_n, eps, wide,
+          pointer<void>(scale),  pointer<void>(shift)};
 }
 
 static void merge(uintptr_t x, uintptr_t assign, uintptr_t size, uintptr_t weight, uintptr_t out, uintptr_t size_out,

@@ -87,13 +87,14 @@ def _score(ordered: int) -> float:
 
 
 def _tail(x: Tensor, m: int, tail: tuple | None) -> tuple[tuple | None, bool, "_Output | None"]:
-    """From (branch, norm_weight, norm_bias, eps): what the kernel takes, whether it is aligned, and normed."""
+    """From (branch, norm_weight, norm_bias, branch_scale, branch_bias, eps): what the kernel takes, whether it is
+    aligned, and normed."""
     if tail is None:
         return None, True, None
-    branch, weight, bias, eps = tail
+    branch, *rows, eps = tail
     branch, normed = _inner_contiguous(branch), _Output((x.shape[0], m, x.shape[2]), x.dtype)
-    wide = any(t is not None and t.dtype != x.dtype for t in (weight, bias))
-    rows = [None if t is None else t.float() if wide else t for t in (weight, bias)]
+    wide = any(t is not None and t.dtype != x.dtype for t in rows)
+    rows = [None if t is None else t.float() if wide else t for t in rows]
     aligned = _aligned(branch, [branch.stride(0), branch.stride(1)]) and _aligned(normed.tensor, [])
     aligned &= all(t is None or _aligned(t, []) for t in rows)
     _alive.extend((branch, *rows))
@@ -104,14 +105,19 @@ def _tail(x: Tensor, m: int, tail: tuple | None) -> tuple[tuple | None, bool, "_
 _alive: list = []  # tensors that a pending launch points to
 
 
-def add_merge_norm(x, branch, assign, m, norm_weight, norm_bias, size=None, *, eps=1e-6, seed=0):
-    return merge(x, assign, m, size, tail=(branch, norm_weight, norm_bias, eps), seed=seed)
+def add_merge_norm(
+    x, branch, assign, m, norm_weight, norm_bias, size=None, branch_scale=None, branch_bias=None, *, eps=1e-6, seed=0
+):
+    tail = (branch, norm_weight, norm_bias, branch_scale, branch_bias, eps)
+    return merge(x, assign, m, size, tail=tail, seed=seed)
 
 
 def add_topk_gather_norm(
-    x, branch, score, k, norm_weight, norm_bias, prefix=1, *, fuse="none", eps=1e-6, seed=0
+    x, branch, score, k, norm_weight, norm_bias, prefix=1, branch_scale=None, branch_bias=None, *, fuse="none",
+    eps=1e-6, seed=0,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return topk_gather(x, score, k, prefix, fuse=fuse, tail=(branch, norm_weight, norm_bias, eps), seed=seed)
+    tail = (branch, norm_weight, norm_bias, branch_scale, branch_bias, eps)
+    return topk_gather(x, score, k, prefix, fuse=fuse, tail=tail, seed=seed)
 
 
 def merge(

@@ -104,14 +104,14 @@ class ToMe(Staged):
     def step(self, block, x: Tensor, size: Tensor | None, r: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
         y, assign, m = self._attend(block, x, size, r)
         if assign is None:
-            x = x + y
+            x = x + block.branch(y)
             return x + block.feed_forward(x), size, None
         x, size, y = block.merge_and_norm(x, y, assign, m, size)
         return x + block.feed_normed(y), size, assign
 
     def _attend(self, block, x: Tensor, size: Tensor | None, r: int) -> tuple[Tensor, Tensor | None, int]:
-        """The attention branch [B, N, C], assign [B, N] and M. What the projection gave ends here, before the MLP: its
-        memory, still in the cache, serves that."""
+        """What the heads give, [B, H, N, D], assign [B, N] and M. What the projection gave ends here, before the MLP:
+        its memory, still in the cache, serves that."""
         # Where r is known, r = 0 costs nothing; a graph compiled for any r keeps the ops, then the identity.
         reduces = not statically_known_true(r == 0)
         if reduces and self.metric == "projected":
@@ -124,7 +124,7 @@ class ToMe(Staged):
             # Before the attention, while the keys are in the cache: on a CPU that is worth more than merging in the
             # same pass, 1 to 2 % of the model.
             assign, m = self._match(metric, size, r, block.tokred_prefix)
-        return block.attend(q, k, v, size if self.prop_attn else None)[0], assign, m
+        return block.heads(q, k, v, size if self.prop_attn else None)[0], assign, m
 
     def _project(self, block, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Queries, keys and values [B, H, N, D], and the metric [B, N, D]."""

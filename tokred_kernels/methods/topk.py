@@ -52,6 +52,6 @@ class TopK(Staged):
         if r == 0:
             x = x + block.attend(*block.project(x))[0]
             return x + block.feed_forward(x), size, None
-        y, scores = block.attend(*block.project(x), scores=self.scores)
+        y, scores = block.heads(*block.project(x), scores=self.scores)
         x, assign, y = block.select_and_norm(x, y, scores, x.shape[1] - block.tokred_prefix - r, self.fusion)
         return x + block.feed_normed(y), size, assign

@@ -7,7 +7,7 @@ ordinary module. Sizes travel from block to block as values; nothing of a forwar
 from collections.abc import Callable
 
 import torch
-from timm.layers import AttentionPoolLatent
+from timm.layers import AttentionPoolLatent, LayerScale
 from timm.models import checkpoint
 from timm.models._features import feature_take_indices
 from timm.models.deit import VisionTransformerDistilled
@@ -150,9 +150,18 @@ class ReducedBlock(Block):
 
     def branch(self, y: Tensor) -> Tensor:
         """The attention branch [B, N, C] of what the heads give, [B, H, N, D]."""
+        return through(self._unscaled(y), self.ls1, self.drop_path1)
+
+    def _unscaled(self, y: Tensor) -> Tensor:
         attn = self.attn
         y = y.transpose(1, 2).reshape(y.shape[0], y.shape[2], attn.attn_dim)
-        return through(y, attn.norm, attn.proj, attn.proj_drop, self.ls1, self.drop_path1)
+        return through(y, attn.norm, attn.proj, attn.proj_drop)
+
+    def _with_scale(self, y: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The attention branch [B, N, C], and the LayerScale [C] that it has yet to be multiplied by."""
+        if type(self.ls1) is LayerScale and not self.ls1._forward_hooks and not self.ls1._forward_pre_hooks:
+            return through(self._unscaled(y), self.drop_path1), self.ls1.gamma
+        return self.branch(y), None
 
     def feed_forward(self, x: Tensor) -> Tensor:
         """The MLP branch [B, N, C]."""
@@ -163,27 +172,30 @@ class ReducedBlock(Block):
         return through(y, self.mlp, self.ls2, self.drop_path2)
 
     def merge_and_norm(
-        self, x: Tensor, branch: Tensor, assign: Tensor, m: int, size: Tensor | None
+        self, x: Tensor, y: Tensor, assign: Tensor, m: int, size: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """From the attention branch [B, N, C] of x to the MLP, where tokens merge: x [B, m, C], its sizes, norm2(x)."""
+        """From what the heads of x give, [B, H, N, D], to the MLP, where tokens merge: x [B, m, C], its sizes,
+        norm2(x)."""
         norm = self.norm2
-        if not fuses_norm(norm, x, branch):
-            x, size = torch.ops.tokred.merge(x + branch, assign, m, size)
+        if not fuses_norm(norm, x, y):
+            x, size = torch.ops.tokred.merge(x + self.branch(y), assign, m, size)
             return x, size, norm(x)
+        branch, scale = self._with_scale(y)
         with without_autograd():
-            return torch.ops.tokred.add_merge_norm(x, branch, assign, m, norm.weight, norm.bias, size, eps=norm.eps)
+            return torch.ops.tokred.add_merge_norm(
+                x, branch, assign, m, norm.weight, norm.bias, size, scale, eps=norm.eps
+            )
 
-    def select_and_norm(
-        self, x: Tensor, branch: Tensor, score: Tensor, k: int, fuse: str
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def select_and_norm(self, x: Tensor, y: Tensor, score: Tensor, k: int, fuse: str) -> tuple[Tensor, Tensor, Tensor]:
         """The same where the k patches with the best scores [B, N] stay: x [B, M, C], assign [B, N], norm2(x)."""
         norm, prefix = self.norm2, self.tokred_prefix
-        if not fuses_norm(norm, x, branch):
-            x, assign = torch.ops.tokred.topk_gather(x + branch, score, k, prefix, fuse=fuse)
+        if not fuses_norm(norm, x, y):
+            x, assign = torch.ops.tokred.topk_gather(x + self.branch(y), score, k, prefix, fuse=fuse)
             return x, assign, norm(x)
+        branch, scale = self._with_scale(y)
         with without_autograd():
             return torch.ops.tokred.add_topk_gather_norm(
-                x, branch, score, k, norm.weight, norm.bias, prefix, fuse=fuse, eps=norm.eps
+                x, branch, score, k, norm.weight, norm.bias, prefix, scale, fuse=fuse, eps=norm.eps
             )
 
 

@@ -13,10 +13,14 @@ WIDEST = 2048
 
 
 @triton.jit
-def load_sum(x_ptr, branch_ptr, i, s_n, branch_s_n, c, there):
-    """x + branch of token i, rounded to their type, as float32; 0 where it is not there."""
+def load_sum(x_ptr, branch_ptr, scale_ptr, shift_ptr, i, s_n, branch_s_n, c, there):
+    """x + scale (branch + shift) of token i, rounded to the type of x, as float32; 0 where it is not there."""
     x = tl.load(x_ptr + i.to(tl.int64) * s_n + c, mask=there, other=0.0).to(tl.float32)
     branch = tl.load(branch_ptr + i.to(tl.int64) * branch_s_n + c, mask=there, other=0.0).to(tl.float32)
+    if shift_ptr is not None:
+        branch += tl.load(shift_ptr + c, mask=there, other=0.0).to(tl.float32)
+    if scale_ptr is not None:
+        branch *= tl.load(scale_ptr + c, mask=there, other=0.0).to(tl.float32)
     return (x + branch).to(x_ptr.dtype.element_ty).to(tl.float32)
 
 
@@ -43,9 +47,9 @@ def block_of(C: int, lane: int) -> tuple[int, int]:
     return BC, max(1, BC // (32 * lane))
 
 
-def norm_rows(weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+def channel_rows(*rows: Tensor | None) -> tuple[Tensor | None, ...]:
     """[C] with an inner stride of 1, in any floating dtype: no copy in the steady state."""
-    return tuple(None if t is None else inner_contiguous(t) for t in (weight, bias))
+    return tuple(None if t is None else inner_contiguous(t) for t in rows)
 
 
 def layer_norm(row: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:

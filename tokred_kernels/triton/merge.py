@@ -2,7 +2,7 @@
 
     mean: out_j = sum_i w_i x_i / sum_i w_i over assign_i = j;   sum w = 0: sum_i x_i / count;   one member: x_i itself
     sum:  out_j = sum_i w_i x_i;   amax: out_j = max_i x_i, NaN wins;   no member: 0;   size_out_j = sum_i size_i
-    add_merge_norm: the mean of x + branch, and the LayerNorm of out_j
+    add_merge_norm: the mean of x + branch_scale (branch + branch_bias), and the LayerNorm of out_j
 
 merge_kernel   one warp: an output row and a block of BC channels. It finds its members by comparing all of assign with
                its row: 788 bytes at N = 197, from L1, and no second launch. Four members are in flight at a time, so
@@ -30,7 +30,7 @@ from torch import Tensor
 
 from .. import _check
 from ._launch import inner_contiguous, per_token, refuse_float64, refuse_stray_rows
-from ._norm import block_of, load_sum, norm_rows, store_normed
+from ._norm import block_of, channel_rows, load_sum, store_normed
 
 _SCANNED = 1024  # tokens that one warp compares in registers: 32 a lane
 
@@ -79,7 +79,21 @@ def _next(members, after, order_ptr, t, count):
 
 @triton.jit
 def _add_up(
-    x_ptr, branch_ptr, w_ptr, size_ptr, order_ptr, members, first, count, c, C, s_n, branch_s_n, AMAX: tl.constexpr
+    x_ptr,
+    branch_ptr,
+    scale_ptr,
+    shift_ptr,
+    w_ptr,
+    size_ptr,
+    order_ptr,
+    members,
+    first,
+    count,
+    c,
+    C,
+    s_n,
+    branch_s_n,
+    AMAX: tl.constexpr,
 ):
     """acc [BC] = sum w x (AMAX: max x), sum w, sum size, over the members in index order."""
     AHEAD: tl.constexpr = 4 if branch_ptr is None else 2
@@ -94,7 +108,7 @@ def _add_up(
             if branch_ptr is None:
                 x = tl.load(x_ptr + i.to(tl.int64) * s_n + c, mask=there & (c < C), other=EMPTY).to(tl.float32)
             else:
-                x = load_sum(x_ptr, branch_ptr, i, s_n, branch_s_n, c, there & (c < C))
+                x = load_sum(x_ptr, branch_ptr, scale_ptr, shift_ptr, i, s_n, branch_s_n, c, there & (c < C))
             w = 1.0
             if w_ptr is not None:
                 w = tl.load(w_ptr + i, mask=there, other=0.0)
@@ -117,6 +131,8 @@ def _add_up(
 def merge_kernel(
     x_ptr,  # [B, N, C]
     branch_ptr,  # [B, N, C] or None, and then no norm
+    scale_ptr,  # [C] or None: 1, of the branch
+    shift_ptr,  # [C] or None: 0, its bias
     assign_ptr,  # [B, N] int32
     order_ptr,  # [B, N] int32 or None: scan assign
     start_ptr,  # [B, M + 1] int32 or None
@@ -171,7 +187,7 @@ def merge_kernel(
         if branch_ptr is None:
             tl.store(out_ptr + c, tl.load(x_ptr + first.to(tl.int64) * s_n + c, mask=c < C), mask=c < C)
         else:
-            row = load_sum(x_ptr, branch_ptr, first, s_n, branch_s_n, c, c < C)
+            row = load_sum(x_ptr, branch_ptr, scale_ptr, shift_ptr, first, s_n, branch_s_n, c, c < C)
             store_normed(row, out_ptr, normed_ptr, norm_weight_ptr, norm_bias_ptr, eps, c, C)
         size = 1.0
         if size_ptr is not None:
@@ -182,6 +198,8 @@ def merge_kernel(
         acc, total, size = _add_up(
             x_ptr,
             branch_ptr,
+            scale_ptr,
+            shift_ptr,
             w_ptr,
             size_ptr,
             order_ptr,
@@ -197,7 +215,21 @@ def merge_kernel(
         if REDUCE == "mean":
             if w_ptr is not None and total == 0.0:
                 acc, total, _ = _add_up(
-                    x_ptr, branch_ptr, None, None, order_ptr, members, first, count, c, C, s_n, branch_s_n, False
+                    x_ptr,
+                    branch_ptr,
+                    scale_ptr,
+                    shift_ptr,
+                    None,
+                    None,
+                    order_ptr,
+                    members,
+                    first,
+                    count,
+                    c,
+                    C,
+                    s_n,
+                    branch_s_n,
+                    False,
                 )
             acc = tl.div_rn(acc, tl.where(count == 0, 1.0, total))
         elif REDUCE == "amax":
@@ -239,8 +271,8 @@ def launch_merge(
         order, start = _lists(assign, m)
         strides = x.stride(0), x.stride(1), 0, 0
         merge_kernel[grid](
-            x, None, assign, order, start, w, size, out, size_out, None, None, None, N, m, C, *strides, 0.0, reduce, BS,
-            BC, num_warps=1,
+            x, None, None, None, assign, order, start, w, size, out, size_out, None, None, None, N, m, C, *strides,
+            0.0, reduce, BS, BC, num_warps=1,
         )  # fmt: skip
     return out, size_out
 
@@ -250,27 +282,26 @@ def launch_merge_norm(
     branch: Tensor,
     assign: Tensor,
     m: int,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
+    rows: tuple[Tensor | None, ...],
     size: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """add_merge_norm for arguments that are checked, C at most WIDEST."""
+    """add_merge_norm for arguments that are checked, C at most WIDEST; rows: of the norm, then of the branch."""
     B, N, C = x.shape
     out, normed = x.new_empty(B, m, C), x.new_empty(B, m, C)
     size_out = x.new_empty(B, m, dtype=torch.float32)
     if size_out.numel() == 0:
         return out, size_out, normed
     x, branch, assign, size = inner_contiguous(x), inner_contiguous(branch), assign.contiguous(), per_token(size)
-    weight, bias = norm_rows(norm_weight, norm_bias)
+    weight, bias, scale, shift = channel_rows(*rows)
     BS = triton.next_power_of_2(min(max(N, 64), _SCANNED))
     BC, num_warps = block_of(C, 32 // x.element_size())
     with torch.cuda.device_of(x):
         order, start = _lists(assign, m)
         strides = x.stride(0), x.stride(1), branch.stride(0), branch.stride(1)
         merge_kernel[(B * m,)](
-            x, branch, assign, order, start, size, size, out, size_out, normed, weight, bias, N, m, C, *strides, eps,
-            "mean", BS, BC, num_warps=num_warps,
+            x, branch, scale, shift, assign, order, start, size, size, out, size_out, normed, weight, bias, N, m, C,
+            *strides, eps, "mean", BS, BC, num_warps=num_warps,
         )  # fmt: skip
     return out, size_out, normed
 

@@ -65,7 +65,7 @@ def extensions():
     built = [extension("_C", ["csrc/ops.cpp", *glob.glob("csrc/cpu/*.cpp")], ["torch", "torch_cpu"], ["-O3"])]
     if not reason:
         sources = glob.glob("csrc/cuda/*.cu") + glob.glob("csrc/cuda/*.cpp")
-        libraries = ["torch", "torch_cpu", "torch_cuda", "cudart_static", "rt", "dl"]
+        libraries = ["torch", "torch_cpu", "torch_cuda", "cudart"]  # torch has loaded its CUDA runtime
         built.append(extension("_cuda", sources, libraries, ["-Os", "-DUSE_CUDA"]))  # no kernel is C++
     return built, {"build_ext": cpp_extension.BuildExtension}
 

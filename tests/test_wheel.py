@@ -78,6 +78,9 @@ def test_runs_under_another_torch(wheel, tmp_path):
     done = run(python, "-c", SMOKE, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert f"torch {OTHER_TORCH} runs cpu (" in done.stdout
+    if "tokred_kernels/_cuda.abi3.so" in zipfile.ZipFile(wheel).namelist():  # a torch that brings no such CUDA runtime
+        refused = run(python, "-c", "import torch; torch.version.cuda = '12.6'; import tokred_kernels", cwd=tmp_path)
+        assert re.search(r"_cuda\.abi3\.so does not load \(lib.+\); rebuild it for this torch", refused.stderr)
 
 
 def test_cuda_library_loads_and_registers_without_a_gpu():

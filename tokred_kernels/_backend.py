@@ -52,7 +52,8 @@ def _load(name: str, hint: str) -> None:
     try:
         torch.ops.load_library(_FOLDER / f"{name}.abi3.so")
     except OSError as error:
-        raise ImportError(f"tokred_kernels/{name}.abi3.so does not load ({error}); {hint}") from error
+        why = error.__cause__ or error  # torch 2.13 says only which file
+        raise ImportError(f"tokred_kernels/{name}.abi3.so does not load ({why}); {hint}") from error
 
 
 def _load_cuda() -> str | None:

@@ -115,3 +115,17 @@ def test_light_and_dark_are_the_systems_until_chosen_and_readable(page, system):
 def test_nothing_sticks_out(page, width):
     page.set_window_size(width, 1000)
     assert page.execute_script("return document.documentElement.scrollWidth <= innerWidth")
+
+
+@pytest.mark.parametrize("width", [1300, 500])
+def test_a_link_unfolds_its_section_and_goes_there(page, width):
+    page.set_window_size(width, 700)
+    page.execute_script("document.querySelectorAll('details').forEach((d) => { d.open = false; }); scrollTo(0, 0)")
+    link = page.find_element(By.CSS_SELECTOR, "nav a")
+    link.click()
+    section = "document.getElementById(arguments[0])"
+    name = link.get_attribute("href").partition("#")[2]
+    assert page.execute_script(f"return {section}.open", name)
+    covered = "const nav = document.querySelector('nav').getBoundingClientRect(); return Math.max(0, nav.bottom)"
+    top = page.execute_script(f"return {section}.getBoundingClientRect().top", name)
+    assert page.execute_script(covered) <= top < 100

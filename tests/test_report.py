@@ -244,6 +244,10 @@ class TestPage:
         assert page.count("<figure><img") == 2 * 2 * 4  # photographs, keep rates, the photograph and three methods
         assert len(list((written / "figures").glob("*.examples.*.png"))) == 2
 
+    def test_no_number_is_minus_nothing(self):
+        cells = [report._cell("pearson", value).text for value in (-1e-9, -0.0004, -0.0006, 0.25)]
+        assert cells == ["0.000", "0.000", "-0.001", "0.250"] and report._cell("block", 3).text == "3"
+
     def test_columns_are_explained(self):
         for name in (*summary.MEASURES, *analysis.Proxy._fields):
             assert name in report.COLUMNS

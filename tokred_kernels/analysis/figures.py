@@ -26,12 +26,14 @@ _STYLE = {
 }
 _INCH = 0.42  # a cell of a matrix
 _PAGE_DPI = 104  # text of 9 points is then as large as that of the page's tables
+_PAGE_WIDTH = 1170  # pixels of a figure at most
 
 
 @matplotlib.rc_context(_STYLE)
 def depth_maps(maps: Mapping[float, Mapping[str, np.ndarray]], methods: Sequence[str], depth: int) -> Figure:
     """A heat map for each keep rate (down) and method (across): how many blocks each patch passes alone."""
     figure = _figure(1.25 * len(methods) + 1, 1.3 * len(maps) + 0.4)
+    size = 8 * max(1, figure.get_figwidth() * _PAGE_DPI / _PAGE_WIDTH)  # wider figures are shrunk, with their names
     axes = figure.subplots(len(maps), len(methods), squeeze=False)
     for row, (rate, found) in zip(axes, maps.items(), strict=True):
         for axis, method in zip(row, methods, strict=True):
@@ -40,11 +42,13 @@ def depth_maps(maps: Mapping[float, Mapping[str, np.ndarray]], methods: Sequence
                 shown = axis.imshow(found[method], cmap=MAP, vmin=0, vmax=depth, interpolation="none")
             else:
                 axis.axis("off")
-        row[0].set_ylabel(f"keep {rate:g}")
+        row[0].set_ylabel(f"keep {rate:g}", size=size)
         row[0].axis("on")
     for axis, method in zip(axes[0], methods, strict=True):
-        axis.set_title(method)
-    bar = figure.colorbar(shown, ax=axes, shrink=min(1, 1.8 / len(maps)), label="blocks as a token of its own")
+        axis.set_title(method, size=size)
+    bar = figure.colorbar(shown, ax=axes, shrink=min(1, 1.8 / len(maps)))
+    bar.set_label("blocks as a token of its own", size=size)
+    bar.ax.tick_params(labelsize=size)
     bar.outline.set_visible(False)
     return figure
 
@@ -108,13 +112,17 @@ def png(figure: Figure) -> bytes:
     return data.getvalue()
 
 
+def number(value: float, decimals: int) -> str:
+    """The number, rounded; never -0.00."""
+    return f"{round(value, decimals) + 0.0:.{decimals}f}"
+
+
 def _figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
 
 def _matrix(axis, values: np.ndarray, rows, columns, low: float, high: float, aspect: str = "equal") -> None:
-    shown = np.ma.masked_invalid(values)
-    axis.imshow(shown, cmap=MAP, vmin=low, vmax=high, interpolation="none", aspect=aspect)
+    axis.imshow(np.ma.masked_invalid(values), cmap=MAP, vmin=low, vmax=high, interpolation="none", aspect=aspect)
     axis.set_xticks(range(len(columns)), columns, rotation=45, ha="right", rotation_mode="anchor")
     axis.set_yticks(range(len(rows)), rows)
     axis.tick_params(length=0)
@@ -122,4 +130,4 @@ def _matrix(axis, values: np.ndarray, rows, columns, low: float, high: float, as
     for (i, j), value in np.ndenumerate(values):
         if np.isfinite(value):
             dark = (value - low) < 0.6 * (high - low)
-            axis.text(j, i, f"{value:.2f}", ha="center", va="center", size=7, color="white" if dark else "black")
+            axis.text(j, i, number(value, 2), ha="center", va="center", size=7, color="white" if dark else "black")

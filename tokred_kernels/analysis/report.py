@@ -239,7 +239,7 @@ def _cell(key: str, value: object) -> Cell:
         return Cell(COLUMNS[value][0] if key == "measure" else value, value)
     if value == math.inf:
         return Cell("∞", "Infinity")
-    return Cell(f"{value:.{COLUMNS[key][1]}f}", repr(value))
+    return Cell(figures.number(value, COLUMNS[key][1]), repr(value))
 
 
 def _empty(value: object) -> bool:

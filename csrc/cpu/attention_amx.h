@@ -35,6 +35,10 @@ class AmxProducts {
   static_assert(W == 16 && kTile == 32);
 
  public:
+  template <class F>
+  static void typed(Dtype, const F& f) {
+    f(E{});
+  }
   static int64_t padded_rows(int64_t keys) { return round_up(keys, kDepth); }
   static int64_t bytes(const AttentionBatch& a, int64_t keys) {
     const int64_t Dp = round_up(a.D, kDepth), rows = padded_rows(keys);
@@ -199,6 +203,6 @@ class AmxProducts {
 void attention_units(const AttentionBatch& a, int64_t begin, int64_t end) {
   if (a.dtype != Dtype::kBFloat16) return avx512::attention_units(a, begin, end);
   const Tiles tiles;
-  AttentionHead<bfloat16_t, AmxProducts> head(a);
+  AttentionHead<float, AmxProducts> head(a);
   for (int64_t unit = begin; unit < end; ++unit) head.run(unit);
 }

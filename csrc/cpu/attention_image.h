@@ -9,10 +9,12 @@
 // 3. by-products: the class token's row is lane 0 of the first tile; a column sum adds the lanes of mass / l.
 // 4. out = mass^T v, times 1 / l as it is written.
 //
-// Products (1 and 4) are a class of their own: attention_vector.h, attention_amx.h. Up to kKeyBlock keys are packed at
-// a time (rows without gaps, masked keys left out), once per head where that holds them all; beyond, blocks are folded
-// with a running (m, l, out), and the scores take a second pass over the logits. Scratch of a thread: a block's keys,
-// values and logits, and the running rows of a chunk, whatever N is; logits never leave the second-level cache.
+// Products (1 and 4) are a class of their own: attention_vector.h, attention_amx.h. Only reading rows and writing those
+// of out depends on the type in memory, so one class serves float32 and what is widened to it. Up to kKeyBlock keys are
+// packed at a time (rows without gaps, masked keys left out), once per head where that holds them all; beyond, blocks
+// are folded with a running (m, l, out), and the scores take a second pass over the logits. Scratch of a thread: a
+// block's keys, values and logits, and the running rows of a chunk, whatever N is; logits never leave the second-level
+// cache.
 //
 // Floor at N = 197, H = 6, D = 64, float32: 59.6 MFLOP, 242 us of one core at 246 GFLOP/s, 262 with the last tiles
 // padded; 233,000 exponentials, 35 us; 605 KB of q, k, v, out. Reached with AVX-512: 438 us, torch's SDPA without sizes
@@ -26,6 +28,21 @@ void widen_row(const E* from, int64_t D, int64_t Dp, Wide<E>* to) {
   for (; d + W <= D; d += W) store(to + d, load(from + d));
   if (d < D) store(to + d, load_first(from + d, D - d)), d += W;
   for (; d < Dp; d += W) store(to + d, Vec<Wide<E>>{});
+}
+
+// Lanes d .. of a row of D, from vectors that may reach beyond.
+template <class E>
+inline void store_up_to(E* row, int64_t d, Vec<Wide<E>> v, int64_t D) {
+  if (d + kLanes<Wide<E>> <= D)
+    store(row + d, v);
+  else if (d < D)
+    store_first(row + d, v, D - d);
+}
+
+// The rows of one head, from row n on.
+template <class E>
+const E* rows_of(const HeadsView& view, int64_t b, int64_t h, int64_t n) {
+  return static_cast<const E*>(view.data) + b * view.s_b + h * view.s_h + n * view.s_n;
 }
 
 // Where a maximum begins: finite, because -inf - -inf is NaN.
@@ -48,9 +65,8 @@ Vec<T> shares(Vec<T> l) {
   return l == 0 ? Vec<T>{} : 1 / l;
 }
 
-template <class E, class Products>
+template <class T, class Products>
 class AttentionHead {
-  using T = Wide<E>;
   static constexpr int W = kLanes<T>, kTile = kQueryTile<T>;
 
  public:
@@ -64,7 +80,8 @@ class AttentionHead {
         factor_(splat(T(batch.scale * kLog2E))),
         scratch_(Products::bytes(batch, block_) + Scratch::bytes<T>(block_) + Scratch::bytes<int32_t>(block_) +
                  Scratch::bytes<T>(Products::padded_rows(block_) * kTile) + Scratch::bytes<T>(columns_) +
-                 Scratch::bytes<T>(rows_) * 2 + Scratch::bytes<T>(one_block_ ? 0 : rows_ * Dp_)),
+                 Scratch::bytes<T>(rows_) * 2 + Scratch::bytes<T>(one_block_ ? 0 : rows_ * Dp_) +
+                 Scratch::bytes<T>(kTile * Dp_)),
         products_(batch, block_, scratch_),
         size_(scratch_.template take<T>(block_)),
         index_(scratch_.template take<int32_t>(block_)),
@@ -72,7 +89,8 @@ class AttentionHead {
         column_(scratch_.template take<T>(columns_)),
         highest_(scratch_.template take<T>(rows_)),
         total_(scratch_.template take<T>(rows_)),
-        running_(scratch_.template take<T>(one_block_ ? 0 : rows_ * Dp_)) {}
+        running_(scratch_.template take<T>(one_block_ ? 0 : rows_ * Dp_)),
+        staged_(scratch_.template take<T>(kTile * Dp_)) {}
 
   // Work is numbered (image, head, chunk), the chunk fastest.
   void run(int64_t unit) {
@@ -111,9 +129,12 @@ class AttentionHead {
  private:
   // The keys from j on that are not masked, and their values.
   void pack(int64_t j) {
+    Products::typed(a_.dtype, [&](auto zero) { pack_of<decltype(zero)>(j); });
+  }
+  template <class E>
+  void pack_of(int64_t j) {
     const int64_t count = a_.N - j < block_ ? a_.N - j : block_;
-    const E* k = static_cast<const E*>(a_.k.data) + b_ * a_.k.s_b + h_ * a_.k.s_h + j * a_.k.s_n;
-    const E* v = static_cast<const E*>(a_.v.data) + b_ * a_.v.s_b + h_ * a_.v.s_h + j * a_.v.s_n;
+    const E *k = rows_of<E>(a_.k, b_, h_, j), *v = rows_of<E>(a_.v, b_, h_, j);
     const T* size = a_.size ? static_cast<const T*>(a_.size) + b_ * a_.N + j : nullptr;
     n_ = 0;
     for (int64_t i = 0; i < count; ++i) {
@@ -130,21 +151,26 @@ class AttentionHead {
   void next_head(int64_t head) {
     const int64_t b = head / a_.H, h = head % a_.H;
     ahead_ = b < a_.B ? 0 : a_.N;
-    next_[0] = static_cast<const E*>(a_.k.data) + b * a_.k.s_b + h * a_.k.s_h;
-    next_[1] = static_cast<const E*>(a_.v.data) + b * a_.v.s_b + h * a_.v.s_h;
-    next_[2] = static_cast<const E*>(a_.q.data) + b * a_.q.s_b + h * a_.q.s_h;
+    Products::typed(a_.dtype, [&](auto zero) {
+      using E = decltype(zero);
+      const HeadsView* views[3] = {&a_.k, &a_.v, &a_.q};
+      for (int t = 0; t < 3; ++t) {
+        next_[t] = reinterpret_cast<const char*>(rows_of<E>(*views[t], b, h, 0));
+        next_bytes_[t] = views[t]->s_n * int64_t(sizeof(E));
+      }
+      row_bytes_ = a_.D * int64_t(sizeof(E));
+    });
   }
   void prefetch_ahead() {
     if (ahead_ >= a_.N) return;
-    const E* rows[3] = {next_[0] + ahead_ * a_.k.s_n, next_[1] + ahead_ * a_.v.s_n, next_[2] + ahead_ * a_.q.s_n};
     for (int t = 0; t < 3; ++t)
-      for (int64_t d = 0; d < a_.D; d += 64 / int64_t(sizeof(E))) __builtin_prefetch(rows[t] + d, 0, 2);
+      for (int64_t d = 0; d < row_bytes_; d += 64) __builtin_prefetch(next_[t] + ahead_ * next_bytes_[t] + d, 0, 2);
     ++ahead_;
   }
 
   void set_queries(int64_t i, int64_t count) {
-    const E* q = static_cast<const E*>(a_.q.data) + b_ * a_.q.s_b + h_ * a_.q.s_h + i * a_.q.s_n;
-    products_.set_queries(q, a_.q.s_n, count);
+    Products::typed(
+        a_.dtype, [&](auto zero) { products_.set_queries(rows_of<decltype(zero)>(a_.q, b_, h_, i), a_.q.s_n, count); });
   }
 
   void tile(int64_t i, int64_t row, bool first, bool last) {
@@ -175,17 +201,25 @@ class AttentionHead {
       store(share + u * W, shares<T>(l[u]));
     }
     if (one_block_) emit<kVectors>(i, count, share);
-    if (!a_.with_values) return;
-    E* out = static_cast<E*>(a_.out) + ((b_ * a_.Nq + i) * a_.H + h_) * a_.D;
+    if (a_.with_values) values(i, count, row, first, last, correction, share);
+  }
+
+  // The rows of queries i .. from their masses: into out, in staged_ on the way where they are to be narrowed, or,
+  // before the last block, into running_.
+  void values(int64_t i, int64_t count, int64_t row, bool first, bool last, const T* correction, const T* share) {
+    const bool direct = a_.D == Dp_ && (a_.dtype == Dtype::kFloat || a_.dtype == Dtype::kDouble);
+    const int64_t at = ((b_ * a_.Nq + i) * a_.H + h_) * a_.D, s_out = a_.H * a_.D, s_to = last && direct ? s_out : Dp_;
+    T* running = running_ + row * Dp_;
+    T* to = !last ? running : direct ? static_cast<T*>(a_.out) + at : staged_;
     products_.values(n_, mass_, count, [&](int64_t t, int64_t d, Vec<T> sum) __attribute__((always_inline)) {
-      T* running = running_ + (row + t) * Dp_ + d;
-      if (!first) sum += load(running) * correction[t];
-      if (!last)
-        store(running, sum);
-      else if (d + W <= a_.D)
-        store(out + t * a_.H * a_.D + d, sum * share[t]);
-      else if (d < a_.D)
-        store_first(out + t * a_.H * a_.D + d, sum * share[t], a_.D - d);
+      if (!first) sum += load(running + t * Dp_ + d) * correction[t];
+      store(to + t * s_to + d, last ? sum * share[t] : sum);
+    });
+    if (!last || direct) return;
+    Products::typed(a_.dtype, [&](auto zero) {
+      auto* out = static_cast<decltype(zero)*>(a_.out) + at;
+      for (int64_t t = 0; t < count; ++t)
+        for (int64_t d = 0; d < a_.D; d += W) store_up_to(out + t * s_out, d, load(staged_ + t * Dp_ + d), a_.D);
     });
   }
 
@@ -297,9 +331,10 @@ class AttentionHead {
   Products products_;
   T* size_;
   int32_t* index_;
-  T *mass_, *column_, *highest_, *total_, *running_;
+  T *mass_, *column_, *highest_, *total_, *running_, *staged_;
   T* partial_ = nullptr;
-  const E* next_[3];
+  const char* next_[3];
+  int64_t next_bytes_[3], row_bytes_ = 0;
   int64_t ahead_ = 1 << 30;
   int64_t b_ = 0, h_ = 0, first_ = 0, last_ = 0, n_ = 0, packed_ = -1;
 };

@@ -2,12 +2,15 @@
 // broadcast masses times values in lanes. Any element type; sums of the wide type in k order, those over keys in chains
 // of kChainKeys: torch's own errs as little.
 
-template <class E>
+template <class T>
 class VectorProducts {
-  using T = Wide<E>;
   static constexpr int W = kLanes<T>, kTile = kQueryTile<T>, kPanel = kOutTile<T>;
 
  public:
+  template <class F>
+  static void typed(Dtype dtype, const F& f) {
+    with_type<T>(dtype, f);
+  }
   static int64_t padded_rows(int64_t keys) { return round_up(keys, kKeyRows); }
   static int64_t bytes(const AttentionBatch& a, int64_t keys) {
     const int64_t Dp = round_up(a.D, W);
@@ -23,8 +26,12 @@ class VectorProducts {
         queries_(scratch.template take<T>(Dp_ * kTile)),
         rows_(scratch.template take<T>(Dp_ * W)) {}
 
-  void add_key(int64_t n, const E* k) { widen_row(k, D_, Dp_, keys_ + n * Dp_); }
+  template <class E>
+  void add_key(int64_t n, const E* k) {
+    widen_row(k, D_, Dp_, keys_ + n * Dp_);
+  }
   // In panels of kPanel columns, [keys][kPanel]; the last may be narrower.
+  template <class E>
   void add_value(int64_t n, const E* v) {
     for (int64_t d = 0; d < Dp_; d += kPanel) {
       const int64_t width = Dp_ - d < kPanel ? Dp_ - d : kPanel, D = D_ - d;
@@ -34,6 +41,7 @@ class VectorProducts {
   void finish(int64_t n) { memset(keys_ + n * Dp_, 0, (padded_rows(n) - n) * Dp_ * sizeof(T)); }
 
   // queries_ [Dp][kTile]; those beyond `count` are 0 up to a whole vector.
+  template <class E>
   void set_queries(const E* q, int64_t s_n, int64_t count) {
     for (int64_t t = 0; t < count; t += W) {
       const T* rows = rows_;
@@ -86,37 +94,39 @@ class VectorProducts {
                                                         const Sink& sink) const {
     const T* values = values_ + d * keys_n_;
     Vec<T> before[kOutRows][kVectors];  // in memory: the sums of one chain fill the registers
-    int64_t j = 0;
-    for (; n - j > kChainKeys; j += kChainKeys) {
+    for (int64_t j = 0;;) {
+      const int64_t keys = n - j < kChainKeys ? n - j : kChainKeys;
       Vec<T> acc[kOutRows][kVectors] = {};
-      multiply(acc, kChainKeys, mass + j * kTile + t, 1, kTile, values + j * kVectors * W, kVectors * W);
+      multiply(acc, keys, mass + j * kTile + t, 1, kTile, values + j * kVectors * W, kVectors * W);
+      if (j > 0) {
+#pragma GCC unroll 16
+        for (int w = 0; w < kOutRows; ++w)
+          for (int u = 0; u < kVectors; ++u) acc[w][u] += before[w][u];
+      }
+      j += keys;
+      if (j >= n) {
+#pragma GCC unroll 16
+        for (int w = 0; w < kOutRows; ++w)
+          if (t + w < count)
+            for (int u = 0; u < kVectors; ++u) sink(t + w, d + u * W, acc[w][u]);
+        return;
+      }
 #pragma GCC unroll 16
       for (int w = 0; w < kOutRows; ++w)
-        for (int u = 0; u < kVectors; ++u) before[w][u] = j == 0 ? acc[w][u] : before[w][u] + acc[w][u];
+        for (int u = 0; u < kVectors; ++u) before[w][u] = acc[w][u];
     }
-    Vec<T> acc[kOutRows][kVectors] = {};
-    multiply(acc, n - j, mass + j * kTile + t, 1, kTile, values + j * kVectors * W, kVectors * W);
-#pragma GCC unroll 16
-    for (int w = 0; w < kOutRows; ++w)
-      if (t + w < count)
-        for (int u = 0; u < kVectors; ++u) sink(t + w, d + u * W, j == 0 ? acc[w][u] : before[w][u] + acc[w][u]);
   }
 
   const int64_t D_, Dp_, keys_n_;
   T *keys_, *values_, *queries_, *rows_;
 };
 
-template <class E>
+template <class T>
 void attention_units_of(const AttentionBatch& a, int64_t begin, int64_t end) {
-  AttentionHead<E, VectorProducts<E>> head(a);
+  AttentionHead<T, VectorProducts<T>> head(a);
   for (int64_t unit = begin; unit < end; ++unit) head.run(unit);
 }
 
 void attention_units(const AttentionBatch& a, int64_t begin, int64_t end) {
-  switch (a.dtype) {
-    case Dtype::kFloat: return attention_units_of<float>(a, begin, end);
-    case Dtype::kHalf: return attention_units_of<half_t>(a, begin, end);
-    case Dtype::kBFloat16: return attention_units_of<bfloat16_t>(a, begin, end);
-    case Dtype::kDouble: return attention_units_of<double>(a, begin, end);
-  }
+  a.dtype == Dtype::kDouble ? attention_units_of<double>(a, begin, end) : attention_units_of<float>(a, begin, end);
 }

@@ -101,6 +101,20 @@ inline void store(half_t* p, Vec<float> v) {
 #endif
 }
 
+// Calls f with a zero of the element type; T is its wide type.
+template <class T, class F>
+inline void with_type(Dtype dtype, const F& f) {
+  if constexpr (sizeof(T) == sizeof(double)) {
+    f(double{});
+  } else {
+    switch (dtype) {
+      case Dtype::kHalf: return f(half_t{});
+      case Dtype::kBFloat16: return f(bfloat16_t{});
+      default: return f(float{});
+    }
+  }
+}
+
 // The first n lanes; the others are 0.
 template <class E>
 inline Vec<Wide<E>> load_first(const E* p, int64_t n) {

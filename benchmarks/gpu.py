@@ -73,10 +73,13 @@ def test_files(step: str) -> list[str]:
 
 
 def in_parallel() -> tuple[str, ...]:
-    """pytest's options: most of the tests' time is the oracles and a thousand compilations by Triton, on the CPU."""
+    """pytest's options: most of the tests' time is the oracles and a thousand compilations by Triton, on the CPU.
+
+    By worksteal: where a fault of the device ends a worker, xdist's loadgroup waits for it for ever.
+    """
     if importlib.util.find_spec("xdist") is None:
         return ()
-    return "-n", str(min(16, os.cpu_count() or 1)), "--dist", "loadgroup"
+    return "-n", str(min(16, os.cpu_count() or 1)), "--dist", "worksteal"
 
 
 def find_sanitizer() -> str | None:

@@ -1,7 +1,10 @@
 """Fixtures shared by all tests."""
 
+import fcntl
 import os
 import sys
+import tempfile
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 # Two workers of two threads on two cores: threads that spin while they wait make the tests five times as slow.
@@ -36,7 +39,7 @@ def threads():
 
 
 @pytest.fixture(autouse=True)
-def device(request):
+def lost_device(request):
     """After a fault of the device nothing runs in this process: xdist goes on in another, else the tests end here."""
     yield
     if request.node.get_closest_marker("gpu") is None:
@@ -48,6 +51,15 @@ def device(request):
         if "PYTEST_XDIST_WORKER" in os.environ:
             os._exit(1)
         pytest.exit("the device is lost", 1)
+
+
+@pytest.fixture
+def gigabytes():
+    """One test at a time, over all processes, takes as much of the device's memory as that."""
+    with open(Path(tempfile.gettempdir()) / "tokred-gigabytes.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+        torch.cuda.empty_cache()
 
 
 @pytest.fixture

@@ -157,7 +157,7 @@ def test_second_device():
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:])
-@pytest.mark.xdist_group("memory")
+@pytest.mark.usefixtures("gigabytes")
 def test_offsets_past_2_to_the_31(dtype):
     """The last image begins after element 2^31."""
     B, N, C, M = 3, 64, 2**24 + 8, 2

@@ -179,7 +179,7 @@ def test_peak_memory_stays_within_its_bound(case):
     assert extra <= allowed + 3 * 512  # the allocator's rounding
 
 
-@pytest.mark.xdist_group("memory")
+@pytest.mark.usefixtures("gigabytes")
 def test_offsets_past_2_to_the_31():
     """The last image begins after element 2^31; its rows are far apart."""
     B, N, D = 3, 5, 64

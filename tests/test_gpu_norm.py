@@ -113,7 +113,7 @@ def test_one_launch_each_and_one_for_the_selection():
         assert len(kernels) == launches
 
 
-@pytest.mark.xdist_group("memory")
+@pytest.mark.usefixtures("gigabytes")
 def test_offsets_past_2_to_the_31():
     """The last image is what it is alone."""
     B, N, C = 30_000, 197, 384

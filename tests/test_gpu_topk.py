@@ -118,7 +118,7 @@ def test_two_launches_no_sync_and_no_scratch():
     assert torch.cuda.memory_allocated() - before <= sum(t.nbytes for t in outputs) + 2 * 512
 
 
-@pytest.mark.xdist_group("memory")
+@pytest.mark.usefixtures("gigabytes")
 def test_offsets_past_2_to_the_31():
     """The last image begins after element 2^31."""
     B, N, C = 30_000, 197, 384

@@ -174,7 +174,7 @@ def test_twelve_lengths_compile_few_variants():
     assert sum(len(k.device_caches[device][0]) for k in kernels) - before <= 7
 
 
-@pytest.mark.xdist_group("memory")
+@pytest.mark.usefixtures("gigabytes")
 def test_offsets_past_2_to_the_31():
     B, N, C = 30_000, 197, 384
     if torch.cuda.mem_get_info()[0] < 16 << 30:

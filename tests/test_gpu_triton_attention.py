@@ -226,7 +226,7 @@ def test_peak_memory_stays_within_its_bound(case):
     assert extra(backward) <= 12 * heads * case.N + rounding
 
 
-@pytest.mark.xdist_group("memory")
+@pytest.mark.usefixtures("gigabytes")
 def test_offsets_past_2_to_the_31():
     """The last rows begin after element 2^31."""
     B, N, D = 3, 5, 64

@@ -11,17 +11,23 @@ def through(x: Tensor, *modules: nn.Module) -> Tensor:
     """x through the modules in turn, but for those that would pass it on as it is: such a call takes 2 us, and a block
     of timm's has eight of them."""
     for module in modules:
-        if not _is_idle(module):
+        if not is_idle(module):
             x = module(x)
     return x
 
 
-def _is_idle(module: nn.Module) -> bool:
+def is_idle(module: nn.Module) -> bool:
+    """Whether it passes its input on as it is, and nobody watches."""
     kind = type(module)
     if kind is not nn.Identity and (module.training or kind not in (nn.Dropout, DropPath)):
         return False
-    watched = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return not watched
+    return not is_watched(module)
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether it has hooks, which must see what goes in and comes out."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(hooks)
 
 
 def without_autograd() -> contextlib.AbstractContextManager:

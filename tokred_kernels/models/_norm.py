@@ -5,6 +5,8 @@ import torch.nn.functional as F
 from timm.layers import LayerNorm
 from torch import Tensor, nn
 
+from ._inference import is_watched
+
 
 def fuses_norm(norm: nn.Module, x: Tensor, branch: Tensor) -> bool:
     """A plain LayerNorm that nobody watches, in inference.
@@ -27,7 +29,7 @@ def normed_linear(norm: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | Non
 
 
 def _is_plain(norm: nn.Module) -> bool:
-    return type(norm) in (nn.LayerNorm, LayerNorm) and not norm._forward_hooks and not norm._forward_pre_hooks
+    return type(norm) in (nn.LayerNorm, LayerNorm) and not is_watched(norm)
 
 
 class _NormedLinear(torch.autograd.Function):

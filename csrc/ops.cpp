@@ -1,4 +1,4 @@
-// The schema of every op. Kernels register from their own files: cpu/<op>.cpp (CPU), cuda/<op>.cu (CUDA);
+// The schema of every op. Kernels register from cpu/*.cpp (CPU) and cuda/*.cpp (CUDA), a file a family of ops;
 // tokred_kernels/ops/<op>.py adds the fake, autograd and vmap rules. The library is no Python module:
 // torch.ops.load_library or dlopen registers everything, so neither building nor running it needs Python.
 #include <torch/csrc/stable/library.h>

@@ -223,7 +223,8 @@ class AttentionHead {
     });
   }
 
-  // mass_ = 2^(factor logit - m) size; l becomes the sum of each query.
+  // mass_ = 2^(factor logit - m) size; l becomes the sum of each query. This and emit are calls, each a tile's: inlined
+  // into tile_of and emit_again_of, they would be compiled twice.
   template <int kVectors>
   void masses(const Vec<T> (&m)[kVectors], Vec<T> (&l)[kVectors]) {
     if (a_.size)
@@ -232,7 +233,9 @@ class AttentionHead {
       masses_of<kVectors, false>(m, l);
   }
   template <int kVectors, bool kSized>
-  void masses_of(const Vec<T> (&m)[kVectors], Vec<T> (&l)[kVectors]) {
+  __attribute__((noinline)) void masses_of(const Vec<T> (&highest)[kVectors], Vec<T> (&l)[kVectors]) {
+    Vec<T> m[kVectors];
+    for (int u = 0; u < kVectors; ++u) m[u] = highest[u];
     T* mass = mass_;
     const T* size = size_;
     const int64_t n = n_;
@@ -256,7 +259,7 @@ class AttentionHead {
 
   // The scores of a tile whose masses are in mass_.
   template <int kVectors>
-  void emit(int64_t i, int64_t count, const T* share) {
+  __attribute__((noinline)) void emit(int64_t i, int64_t count, const T* share) {
     if (a_.scores == kScoresCls && i == 0)
       for (int64_t j = 0; j < n_; ++j) partial_[index_[j]] = mass_[j * kTile] * share[0];
     if (a_.scores != kScoresMean) return;

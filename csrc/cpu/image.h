@@ -3,15 +3,11 @@
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
-#include <torch/headeronly/util/Half.h>
 
 #include <cstdint>
 #include <new>
 
 #include "isa.h"
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
 #endif
@@ -19,8 +15,6 @@
 namespace tokred {
 
 [[noreturn]] inline void throw_out_of_memory(int64_t) { throw std::bad_alloc(); }
-inline float half_to_float(uint16_t bits) { return c10::detail::fp16_ieee_to_fp32_value(bits); }
-inline uint16_t float_to_half(float value) { return c10::detail::fp16_ieee_from_fp32_value(value); }
 constexpr int kReduceSum = 1, kReduceAmax = 2;                   // tokred::Reduce
 constexpr int kScoresNone = 0, kScoresCls = 1, kScoresMean = 2;  // tokred::Scores
 // With D = 64, float32 keys, values and logits of a block take 410 KB; N = 577 (384 px) is one block.

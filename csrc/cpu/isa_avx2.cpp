@@ -2,6 +2,7 @@
 #include "image.h"
 
 #if defined(__x86_64__)
+#include <immintrin.h>
 #pragma GCC target("avx2,fma,f16c")
 #define TOKRED_AVX2
 

@@ -1,8 +1,12 @@
 // The CPU kernels for any processor: 16-byte vectors, SSE2 or NEON or whatever the compiler makes of them.
+#include <torch/headeronly/util/Half.h>
+
 #include "image.h"
 
 namespace tokred::portable {
 
+inline float half_to_float(uint16_t bits) { return c10::detail::fp16_ieee_to_fp32_value(bits); }
+inline uint16_t float_to_half(float value) { return c10::detail::fp16_ieee_from_fp32_value(value); }
 constexpr int kVectorBytes = 16;
 #include "simd.h"
 //

@@ -104,17 +104,15 @@ void merge_image_of(const MergeImage& m) {
     }
     size_out[j] = total_size;
     if (m.C == 0) continue;
-    const bool copy = members == 1 && (!sum || !w);
+    const bool copy = members == 1 && (!sum || !w), massless = !sum && total_w == 0;  // which leaves the plain mean
     if (members == 0)
       memset(out, 0, m.C * sizeof(E));
     else if (copy)
       tokens.copy(first[j], m.C, out);
-    else if (amax)
+    else if (kAdd == kNothing && amax)
       reduce_row<true>(weighted, first[j], m.C, T(1), out);
-    else if (!sum && total_w == 0)  // the plain mean
-      reduce_row<false>(plain, first[j], m.C, T(members), out);
     else
-      reduce_row<false>(weighted, first[j], m.C, sum ? T(1) : total_w, out);
+      reduce_row<false>(massless ? plain : weighted, first[j], m.C, sum ? T(1) : massless ? T(members) : total_w, out);
     if (kAdd != kNothing) normalize_row(out, m.C, m.tail, normed + j * m.C);
   }
 }

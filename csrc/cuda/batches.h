@@ -1,6 +1,6 @@
-// What a kernel gets of a batch, in plain C++, and how it is launched: <op>.cpp makes these of checked tensors, without
-// CUDA; <op>_kernel.cu launches on a stream, without torch, whose headers nvcc would read once for each architecture.
-// Strides are in elements.
+// What a kernel gets of a batch, in plain C++, and how it is launched: the .cpp files make these of checked tensors,
+// without CUDA; <op>_kernel.cu launches on a stream, without torch, whose headers nvcc would read once for each
+// architecture. Strides are in elements.
 #pragma once
 #include <cstdint>
 #include <functional>

@@ -6,7 +6,6 @@
 #include <tuple>
 
 #include "../check.h"
-#include "../check_topk.h"
 #include "batches.h"
 
 namespace tokred {
@@ -84,14 +83,5 @@ inline void debug_assign_values(const char* op, const Tensor& assign, int64_t m)
   const Tensor host = torch::stable::to(assign, std::nullopt, std::nullopt, cpu);
   check_assign_values(op, static_cast<const int32_t*>(host.const_data_ptr()), host.numel(), m);
 }
-
-// match.cpp and merge.cpp; match_merge.cpp calls both.
-void match_into(const char* op, const MatchArgs& args, const Tensor& assign);
-void merge_into(const char* op, const MergeArgs& args, Reduce reduce, const Tensor& out, const Tensor& size_out);
-// topk.cpp, for what gathers.
-void topk_into(const char* op, const TopkArgs& args, const Tensor& assign);
-// The batches of merge and of topk_gather's second kernel, for kernels of their own.
-MergeBatch merge_batch(const char* op, const MergeArgs& args, Reduce reduce, const Tensor& out, const Tensor& size_out);
-GatherBatch gather_batch(const char* op, const TopkGatherArgs& args, const Tensor& assign, const Tensor& out);
 
 }  // namespace tokred

@@ -1,4 +1,4 @@
-"""match: bipartite soft matching. Kernels: csrc/cpu/match.cpp, csrc/cuda/match.cpp, triton/match.py."""
+"""match: bipartite soft matching. Kernels: csrc/cpu/merge.cpp, csrc/cuda/merge.cpp, triton/match.py."""
 
 import torch
 from torch import Tensor

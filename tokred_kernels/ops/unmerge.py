@@ -1,4 +1,4 @@
-"""unmerge: give every token its row back. Kernels: csrc/cpu/unmerge.cpp, csrc/cuda/unmerge.cpp, triton/unmerge.py."""
+"""unmerge: give every token its row back. Kernels: csrc/cpu/merge.cpp, csrc/cuda/merge.cpp, triton/unmerge.py."""
 
 import torch
 from torch import Tensor

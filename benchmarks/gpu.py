@@ -156,6 +156,8 @@ def main(argv: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         parser.error(f"torch {torch.__version__} sees no NVIDIA GPU")
 
+    # The machine code that the wheel has and benchmarks/static counts: torch would name no intermediate code of 8.0.
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "{}.{}".format(*torch.cuda.get_device_capability()))
     path = args.json.resolve() if args.json else results.FOLDER / f"{results.slug(torch.cuda.get_device_name())}.json"
     result = carry_out(path, plan(path, args.only, args.resume), args.steps, args.resume, deadline)
     print("\n".join(goals.lines(goals.GPU, result.get("figures", {}))))

@@ -207,8 +207,8 @@ def plot(figures: list[dict[str, float]], path: Path) -> None:
             axis.errorbar(
                 [k for _, k in points], values.mean(0), values.std(0, ddof=1), label=name, marker="o", capsize=3
             )
-        axis.set(title=title, xlabel="keep rate")
-        axis.legend()
+        axis.set(title=title, xlabel="keep rate", xticks=sorted({k for points in drawn.values() for _, k in points}))
+        axis.legend(ncols=2)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel(f"test accuracy, %, of {len(figures)} seeds")
     figure.savefig(path, dpi=100)

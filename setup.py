@@ -52,7 +52,7 @@ def extensions():
             libraries=libraries,
             extra_compile_args={
                 "cxx": [*cxx, "-std=c++17", "-DTORCH_TARGET_VERSION=0x020a000000000000", *host],
-                "nvcc": ["-std=c++17", "--compress-mode=size", "--expt-relaxed-constexpr"]
+                "nvcc": ["-std=c++17", "--compress-mode=size", "--expt-relaxed-constexpr", "--threads=2"]
                 + gencode(os.environ.get("TORCH_CUDA_ARCH_LIST", ""))
                 + [f"-Xcompiler={flag}" for flag in ["-Os", *host]],
             },

@@ -66,8 +66,8 @@ def _matches_one_channel(metric, r, prefix=1, weight=None, *, power=1.0, two_way
     return reference.match(metric[..., :1], r, prefix)
 
 
-def _forgets_sizes(x, branch, assign, m, norm_weight, norm_bias, size=None, *, eps=1e-6):
-    return reference.add_merge_norm(x, branch, assign, m, norm_weight, norm_bias, eps=eps)
+def _forgets_sizes(x, branch, assign, m, norm_weight, norm_bias, size, *of_branch, eps=1e-6):
+    return reference.add_merge_norm(x, branch, assign, m, norm_weight, norm_bias, None, *of_branch, eps=eps)
 
 
 @pytest.mark.parametrize(("op", "bug"), [("match", _matches_one_channel), ("add_merge_norm", _forgets_sizes)])

@@ -94,4 +94,7 @@ def test_gradients_reach_every_parameter(method):
     found = gradients(model, images().double())
     assert found.keys() == {name for name, _ in model.named_parameters()}
     for name, g in found.items():
-        assert g.isfinite().all() and g.abs().max() > 0, name
+        if method == "dpcknn" and name.endswith("score.bias"):
+            assert g.abs().max() < 1e-12, name  # the weights of a cluster are shares: what all have in common cancels
+        else:
+            assert g.isfinite().all() and g.abs().max() > 0, name

@@ -40,7 +40,7 @@ BACKENDS = ("reference", "cpu", "cuda", "triton")
 # as a mask and attention_scores beside it. By what it has to do: plain, count sizes, emit scores. Elsewhere: sdpa.
 ATTENTION = {
     # One core with AVX-512 and AMX, N = 197 and 577: 1.3 to 1.5 times torch's speed in float32, 1.4 to 1.7 times in
-    # bfloat16, held to AVX2 1.1 to 1.3 times; scores cost 0 to 3 % (cls), 0 to 5 % (mean): benchmarks/cpu_attention.py.
+    # bfloat16, held to AVX2 1.1 to 1.3 times; scores cost 0 to 3 % (cls), 3 to 6 % (mean): benchmarks/cpu_attention.py.
     "cpu": {"plain": "tokred", "sized": "tokred", "scored": "tokred"},
     "cuda": {"plain": "sdpa", "sized": "tokred", "scored": "tokred"},  # not measured
 }

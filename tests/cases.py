@@ -9,6 +9,7 @@ A case is a recipe; `inputs()` makes the tensors from a fixed seed, on any devic
 
 from dataclasses import dataclass, replace
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -315,3 +316,8 @@ MERGE_CASES = [
     _G(N=5, M=400, kind="onto"),
     _G(N=600, M=300, C=8, B=1, size="count"),
 ]
+
+
+def by_id(cases):
+    """A test of every case, named by it."""
+    return pytest.mark.parametrize("case", cases, ids=lambda c: c.id)

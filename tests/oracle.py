@@ -5,6 +5,7 @@ scores); equal rows must tie exactly. Sums must be within the rounding that thei
 """
 
 import itertools
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -243,6 +244,10 @@ def same(a: Tensor, b: Tensor) -> bool:
         and a.shape == b.shape
         and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
     )
+
+
+def all_same(a: Iterable[Tensor], b: Iterable[Tensor]) -> bool:
+    return all(same(one, other) for one, other in zip(a, b, strict=True))
 
 
 def check_values(out: Tensor, want: Tensor, slack: Tensor) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from attention_cases import ATTENTION_CASES, AttentionCase, in_float64
+from cases import by_id
 from oracle import same
 
 import tokred_kernels as tokred
@@ -16,10 +17,6 @@ from tokred_kernels import reference
 
 ALL_CASES = ATTENTION_CASES + in_float64(ATTENTION_CASES)
 PLAIN = AttentionCase(B=2, N=70, H=3, size_kind="counts", scores="mean")
-
-
-def by_id(cases):
-    return pytest.mark.parametrize("case", cases, ids=lambda c: c.id)
 
 
 @pytest.mark.parametrize("seed", [1, 3, 5])

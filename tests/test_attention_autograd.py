@@ -6,6 +6,7 @@ import attention_oracle
 import pytest
 import torch
 from attention_cases import ATTENTION_CASES, DIFFERENTIABLE, AttentionCase, in_float64
+from cases import by_id
 from oracle import same
 from torch.autograd import gradcheck
 
@@ -19,10 +20,6 @@ GRADIENT_CASES = [
     if c.trap in DIFFERENTIABLE and max(c.N, c.queries) <= 300
 ]
 CASE = AttentionCase(N=40, D=24, size_kind="zeros", scores="mean")
-
-
-def by_id(cases):
-    return pytest.mark.parametrize("case", cases, ids=lambda c: c.id)
 
 
 def leaves(case: AttentionCase) -> list[torch.Tensor]:

@@ -1,8 +1,7 @@
 """The clustering ops on the CPU, by every instruction set and by the reference, against the brute-force oracle."""
 
-import pytest
 import torch
-from cases import ISAS
+from cases import ISAS, by_id
 from cluster_cases import CLUSTER_CASES, UPDATES, ClusterCase, with_float64
 from cluster_oracle import check_knn, check_medoids, check_nearest, check_pairwise, check_separation
 from oracle import same
@@ -12,10 +11,6 @@ import tokred_kernels as tokred
 DEIT = ClusterCase(B=8, N=196, C=384, K=137)
 # What comparing alone decides does not depend on the channels.
 COMPARED = [c for c in with_float64(CLUSTER_CASES) if c.C in (24, 3, 5) or c.N > 100]
-
-
-def by_id(cases):
-    return pytest.mark.parametrize("case", cases, ids=lambda c: c.id)
 
 
 def unchanged(*tensors):

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from cases import by_id
 from cluster_cases import CLUSTER_CASES, UPDATES, ClusterCase
 from cluster_oracle import check_knn, check_medoids, check_nearest, check_pairwise, check_separation
-from oracle import same
+from oracle import all_same, same
 
 import tokred_kernels as tokred
 
@@ -17,14 +18,6 @@ DEIT = ClusterCase(B=8, N=196, C=384, K=137, dtype=torch.bfloat16)
 def backend():
     with tokred.use_backend("triton"):
         yield
-
-
-def by_id(cases):
-    return pytest.mark.parametrize("case", cases, ids=lambda c: c.id)
-
-
-def all_same(a, b) -> bool:
-    return all(same(one, other) for one, other in zip(a, b, strict=True))
 
 
 def inputs(case: ClusterCase) -> list[torch.Tensor]:

@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.profiler
 from attention_cases import ATTENTION_CASES, AttentionCase
-from cases import DTYPES
-from oracle import same
+from cases import DTYPES, by_id
+from oracle import all_same
 
 import tokred_kernels as tokred
 
@@ -31,16 +31,8 @@ def cuda_kernels():
     selected.__exit__(None, None, None)
 
 
-def by_id(cases):
-    return pytest.mark.parametrize("case", cases, ids=lambda c: c.id)
-
-
 def run(case: AttentionCase, device: str = "cuda") -> tuple[torch.Tensor, torch.Tensor]:
     return tokred.attention(*case.qkv(device), case.size(device), **case.keywords)
-
-
-def all_same(got, want) -> bool:
-    return all(same(a, b) for a, b in zip(got, want, strict=True))
 
 
 @by_id(ATTENTION_CASES + STEPS)

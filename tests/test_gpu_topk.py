@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from cases import by_id
 from oracle import same
 from topk_cases import FUSE, TOPK_CASES, TopkCase
 from topk_oracle import check_assign, check_gather
@@ -26,10 +27,6 @@ def kernels(request):
 
 def run(case: TopkCase, fuse: str, device: str = "cuda"):
     return tokred.topk_gather(case.x(device), case.score(device), case.k, case.p, fuse=fuse)
-
-
-def by_id(cases):
-    return pytest.mark.parametrize("case", cases, ids=lambda c: c.id)
 
 
 @pytest.mark.parametrize("fuse", FUSE)

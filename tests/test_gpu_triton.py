@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from cases import MATCH_CASES, MERGE_CASES, TWO_WAY_CASES, MatchCase
-from oracle import check_assign, check_merge, edge_scores
+from cases import MATCH_CASES, MERGE_CASES, TWO_WAY_CASES, MatchCase, by_id
+from oracle import all_same, check_assign, check_merge, edge_scores, same
 
 import tokred_kernels as tokred
 
@@ -15,20 +15,6 @@ REDUCE = ("mean", "sum", "amax")
 def backend():
     with tokred.use_backend("triton"):
         yield
-
-
-def by_id(cases):
-    return pytest.mark.parametrize("case", cases, ids=lambda c: c.id)
-
-
-def same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Bitwise equal."""
-    a, b = a.contiguous(), b.contiguous()
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
-
-
-def all_same(a, b) -> bool:
-    return all(same(one, other) for one, other in zip(a, b, strict=True))
 
 
 @by_id(MATCH_CASES + TWO_WAY_CASES)

@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.profiler
 from attention_cases import ATTENTION_CASES, DIFFERENTIABLE, AttentionCase
-from cases import DTYPES
-from oracle import same
+from cases import DTYPES, by_id
+from oracle import all_same, same
 
 import tokred_kernels as tokred
 
@@ -24,14 +24,6 @@ STEPS = [replace(case, scores=scores) for case in (DEIT, VIT_384, WIDE) for scor
 def triton_kernels():
     with tokred.use_backend("triton"):
         yield
-
-
-def by_id(cases):
-    return pytest.mark.parametrize("case", cases, ids=lambda c: c.id)
-
-
-def all_same(got, want) -> bool:
-    return all(same(a, b) for a, b in zip(got, want, strict=True))
 
 
 def inputs(case: AttentionCase, device: str = "cuda") -> tuple:

@@ -2,16 +2,12 @@
 
 import pytest
 import torch
-from cases import ISAS, MATCH_CASES, MERGE_CASES, TWO_WAY_CASES
+from cases import ISAS, MATCH_CASES, MERGE_CASES, TWO_WAY_CASES, by_id
 from oracle import check_assign, check_merge, same
 
 import tokred_kernels as tokred
 
 REDUCE = ("mean", "sum", "amax")
-
-
-def by_id(cases):
-    return pytest.mark.parametrize("case", cases, ids=lambda c: c.id)
 
 
 def with_float64(cases):

@@ -2,15 +2,12 @@
 
 import pytest
 import torch
+from cases import by_id
 from oracle import same
 from topk_cases import FUSE, TOPK_CASES, TopkCase, with_float64
 from topk_oracle import check_assign, check_gather
 
 import tokred_kernels as tokred
-
-
-def by_id(cases):
-    return pytest.mark.parametrize("case", cases, ids=lambda c: c.id)
 
 
 @pytest.mark.parametrize("fuse", [False, True], ids=["drop", "fuse"])

@@ -10,6 +10,7 @@ import pytest
 import torch
 from attention_cases import ATTENTION_CASES, DIFFERENTIABLE, AttentionCase
 from attention_oracle import check, check_gradients, check_scores, expected_gradients
+from cases import by_id
 from test_triton_interpreter import same
 from triton_interpreter import interpreter
 
@@ -52,10 +53,6 @@ TILED = [
 def triton():
     with interpreter() as call:
         yield call
-
-
-def by_id(cases):
-    return pytest.mark.parametrize("case", cases, ids=lambda c: c.id)
 
 
 @by_id(TILED + CASES)

@@ -6,8 +6,8 @@ races and the rounding of tensor cores are invisible to an interpreter: test_tri
 
 import pytest
 import torch
-from cases import MATCH_CASES, MERGE_CASES, TWO_WAY_CASES, MatchCase, MergeCase
-from oracle import check_assign, check_merge, edge_scores
+from cases import MATCH_CASES, MERGE_CASES, TWO_WAY_CASES, MatchCase, MergeCase, by_id
+from oracle import check_assign, check_merge, edge_scores, same
 from triton_interpreter import interpreter
 
 # match_merge launches the kernels of match and merge: what is left to see is how it puts them together.
@@ -20,16 +20,6 @@ REDUCE_CASES = [c for c in MERGE_CASES if c.small and c.M < 400 and c.dtype != t
 def triton():
     with interpreter() as call:
         yield call
-
-
-def by_id(cases):
-    return pytest.mark.parametrize("case", cases, ids=lambda c: c.id)
-
-
-def same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Bitwise equal."""
-    a, b = a.contiguous(), b.contiguous()
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 
 
 @by_id(MATCH_CASES + [c for c in TWO_WAY_CASES if c.small or c.N == 201])

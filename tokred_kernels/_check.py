@@ -124,21 +124,15 @@ def add_merge_norm(
     branch_bias: Tensor | None,
 ) -> None:
     merge(x, assign, m, size, None, "mean", "add_merge_norm")
-    rows = {
-        "norm_weight": norm_weight,
-        "norm_bias": norm_bias,
-        "branch_scale": branch_scale,
-        "branch_bias": branch_bias,
-    }
-    _add_norm("add_merge_norm", x, branch, rows)
+    _add_norm("add_merge_norm", x, branch, norm_weight, norm_bias, branch_scale, branch_bias)
 
 
-def _add_norm(op: str, x: Tensor, branch: Tensor, rows: dict[str, Tensor | None]) -> None:
+def _add_norm(op: str, x: Tensor, branch: Tensor, *rows: Tensor | None) -> None:
     _dense(op, "branch", branch)
     if branch.dtype != x.dtype:
         _fail(op, "branch", f"{_name(x.dtype)} as x", _name(branch.dtype))
     _shape_and_device(op, "branch", branch, "[B, N, C]", x.shape, x.device)
-    for argument, t in rows.items():
+    for argument, t in zip(("norm_weight", "norm_bias", "branch_scale", "branch_bias"), rows, strict=True):
         if t is not None:
             _floating(op, argument, t)
             _shape_and_device(op, argument, t, "[C]", x.shape[2:], x.device)
@@ -249,13 +243,7 @@ def add_topk_gather_norm(
     fuse: str,
 ) -> None:
     topk_gather(x, score, k, prefix, fuse, "add_topk_gather_norm")
-    rows = {
-        "norm_weight": norm_weight,
-        "norm_bias": norm_bias,
-        "branch_scale": branch_scale,
-        "branch_bias": branch_bias,
-    }
-    _add_norm("add_topk_gather_norm", x, branch, rows)
+    _add_norm("add_topk_gather_norm", x, branch, norm_weight, norm_bias, branch_scale, branch_bias)
 
 
 def pairwise_distance(x: Tensor) -> None:

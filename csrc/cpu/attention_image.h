@@ -320,6 +320,7 @@ class AttentionHead {
     emit<kVectors>(i, count, share);
   }
 
+  // partial_ += column_, each key where it stood before the masked ones were left out.
   void add_columns() {
     for (int64_t j = 0; j < n_; ++j) partial_[index_[j]] += column_[j];
     memset(column_, 0, columns_ * sizeof(T));

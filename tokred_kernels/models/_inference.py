@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 
 def through(x: Tensor, *modules: nn.Module) -> Tensor:
-    """x through the modules in turn, but for those that would pass it on as it is: such a call takes 2 us, and a block
-    of timm's has eight of them."""
+    """x through the modules in turn, but for those that would pass it on as it is: a block of timm's has eight, and the
+    host pays for each call."""
     for module in modules:
         if not is_idle(module):
             x = module(x)

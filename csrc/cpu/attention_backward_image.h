@@ -88,6 +88,7 @@ class AttentionGradHead {
       multiply(s, a_.D, rows + j * Dp_, Dp_, 1, columns, kTile);
 #pragma GCC unroll 16
       for (int t = 0; t < kKeyRows; ++t)
+#pragma GCC unroll 16
         for (int u = 0; u < kQueryVectors; ++u) store(to + (j + t) * kTile + u * W, s[t][u]);
     }
   }
@@ -107,10 +108,12 @@ class AttentionGradHead {
     Vec<T> s[kKeyRows][kVectors];
 #pragma GCC unroll 16
     for (int t = 0; t < kKeyRows; ++t)
+#pragma GCC unroll 16
       for (int u = 0; u < kVectors; ++u) s[t][u] = load(to + (j + t) * Dp_ + d + u * W);
     multiply(s, kTile, lanes + j * kTile, kTile, 1, rows + d, Dp_);
 #pragma GCC unroll 16
     for (int t = 0; t < kKeyRows; ++t)
+#pragma GCC unroll 16
       for (int u = 0; u < kVectors; ++u) store(to + (j + t) * Dp_ + d + u * W, s[t][u]);
   }
 
@@ -134,10 +137,13 @@ class AttentionGradHead {
   // p_: logits to probabilities, 0 in the lanes without a query.
   void probabilities() {
     Vec<T> m[kQueryVectors], l[kQueryVectors] = {};
+#pragma GCC unroll 16
     for (int u = 0; u < kQueryVectors; ++u) m[u] = splat(lowest<T>());
     for (int64_t j = 0; j < n_; ++j)
+#pragma GCC unroll 16
       for (int u = 0; u < kQueryVectors; ++u) m[u] = maximum(load(p_ + j * kTile + u * W) * factor_, m[u]);
     for (int64_t j = 0; j < n_; ++j)
+#pragma GCC unroll 16
       for (int u = 0; u < kQueryVectors; ++u) {
         T* at = p_ + j * kTile + u * W;
         const Vec<T> mass = exp2_lanes(load(at) * factor_ - m[u]) * splat(size_[j]);
@@ -145,8 +151,10 @@ class AttentionGradHead {
         store(at, mass);
       }
     Index<T> held[kQueryVectors];
+#pragma GCC unroll 16
     for (int u = 0; u < kQueryVectors; ++u) l[u] = shares<T>(l[u]), held[u] = held_[u];
     for (int64_t j = 0; j < n_; ++j)
+#pragma GCC unroll 16
       for (int u = 0; u < kQueryVectors; ++u) {
         T* at = p_ + j * kTile + u * W;
         store(at, held[u] ? load(at) * l[u] : Vec<T>{});
@@ -155,13 +163,15 @@ class AttentionGradHead {
 
   // ds_: dout v^T to ds.
   void logit_grads(int64_t i) {
-    Vec<T> mean[kQueryVectors] = {}, reached[kQueryVectors] = {};  // which lanes the scores came from
+    Vec<T> mean[kQueryVectors] = {}, reached[kQueryVectors];  // which lanes the scores came from
     Index<T> held[kQueryVectors];
+#pragma GCC unroll 16
     for (int u = 0; u < kQueryVectors; ++u) held[u] = held_[u];
-    for (int u = 0; u < kQueryVectors; ++u)
-      for (int l = 0; l < W; ++l)
-        reached[u][l] = a_.scores == kScoresMean || (i == 0 && u == 0 && l == 0) ? T(1) : T(0);
+#pragma GCC unroll 16
+    for (int u = 0; u < kQueryVectors; ++u) reached[u] = splat(T(a_.scores == kScoresMean));
+    if (i == 0) reached[0][0] = 1;
     for (int64_t j = 0; j < n_; ++j)
+#pragma GCC unroll 16
       for (int u = 0; u < kQueryVectors; ++u) {
         T* at = ds_ + j * kTile + u * W;
         const Vec<T> dp = load(at) + reached[u] * splat(emitted_[j]);
@@ -169,6 +179,7 @@ class AttentionGradHead {
         store(at, dp);
       }
     for (int64_t j = 0; j < n_; ++j)
+#pragma GCC unroll 16
       for (int u = 0; u < kQueryVectors; ++u) {
         T* at = ds_ + j * kTile + u * W;
         store(at, held[u] ? load(p_ + j * kTile + u * W) * (load(at) - mean[u]) : Vec<T>{});
@@ -196,6 +207,7 @@ class AttentionGradHead {
     with_type<T>(a_.dtype, [&](auto zero) {
       auto* to = static_cast<decltype(zero)*>(g_.grad_q) + ((b_ * a_.Nq + i + t) * a_.H + h_) * a_.D;
       for (int64_t w = 0; w < kOutRows && t + w < count; ++w)
+#pragma GCC unroll 16
         for (int u = 0; u < kVectors; ++u)
           store_up_to(to + w * a_.H * a_.D, d + u * W, load(rows + (w * kVectors + u) * W), a_.D);
     });

@@ -186,10 +186,12 @@ class AttentionHead {
     const int64_t count = last_ - i < kTile ? last_ - i : kTile;
     set_queries(i, count);
     Vec<T> m[kVectors], before[kVectors], l[kVectors] = {};
+#pragma GCC unroll 16
     for (int u = 0; u < kVectors; ++u) m[u] = before[u] = first ? splat(lowest<T>()) : load(highest_ + row + u * W);
     products_.template logits<kVectors>(n_, factor_, mass_, m);
     masses<kVectors>(m, l);
     T correction[kTile], share[kTile];
+#pragma GCC unroll 16
     for (int u = 0; u < kVectors; ++u) {
       if (!first) {
         before[u] = exp2_lanes(before[u] - m[u]);  // what the rows so far are worth now
@@ -235,6 +237,7 @@ class AttentionHead {
   template <int kVectors, bool kSized>
   __attribute__((noinline)) void masses_of(const Vec<T> (&highest)[kVectors], Vec<T> (&l)[kVectors]) {
     Vec<T> m[kVectors];
+#pragma GCC unroll 16
     for (int u = 0; u < kVectors; ++u) m[u] = highest[u];
     T* mass = mass_;
     const T* size = size_;
@@ -245,6 +248,7 @@ class AttentionHead {
       Vec<T> part[kVectors] = {};
       for (int64_t j = start; j < end; ++j) {
         if (j % 2 == 0) prefetch_ahead();
+#pragma GCC unroll 16
         for (int u = 0; u < kVectors; ++u) {
           T* at = mass + j * kTile + u * W;
           Vec<T> p = exp2_lanes(load(at) * factor_ - m[u]);
@@ -253,6 +257,7 @@ class AttentionHead {
           store(at, p);
         }
       }
+#pragma GCC unroll 16
       for (int u = 0; u < kVectors; ++u) l[u] += part[u];
     }
   }
@@ -273,12 +278,14 @@ class AttentionHead {
   void add_masses(int64_t count, const T* share) {
     Vec<T> of[kVectors];
     Index<T> held[kVectors];
+#pragma GCC unroll 16
     for (int u = 0; u < kVectors; ++u) {
       held[u] = lanes_below<T>(count - u * W);
       of[u] = held[u] ? load(share + u * W) : Vec<T>{};
     }
     const auto key = [&](const T* mass) __attribute__((always_inline)) {
       Vec<T> sum = {};
+#pragma GCC unroll 16
       for (int u = 0; u < kVectors; ++u) {
         const Vec<T> p = load(mass + u * W);
         sum += (kAll ? p : held[u] ? p : Vec<T>{}) * of[u];
@@ -311,6 +318,7 @@ class AttentionHead {
     set_queries(i, count);
     Vec<T> m[kVectors], seen[kVectors], none[kVectors] = {};
     T share[kTile];
+#pragma GCC unroll 16
     for (int u = 0; u < kVectors; ++u) {
       m[u] = seen[u] = load(highest_ + row + u * W);
       store(share + u * W, shares<T>(load(total_ + row + u * W)));

@@ -84,6 +84,7 @@ class VectorProducts {
     multiply(s, D_, keys_ + j * Dp_, Dp_, 1, queries_, kTile);
 #pragma GCC unroll 16
     for (int t = 0; t < kKeyRows; ++t)
+#pragma GCC unroll 16
       for (int u = 0; u < kVectors; ++u) {
         store(logits + (j + t) * kTile + u * W, s[t][u]);
         if (t < rows) m[u] = maximum(s[t][u] * factor, m[u]);
@@ -101,6 +102,7 @@ class VectorProducts {
       if (j > 0) {
 #pragma GCC unroll 16
         for (int w = 0; w < kOutRows; ++w)
+#pragma GCC unroll 16
           for (int u = 0; u < kVectors; ++u) acc[w][u] += before[w][u];
       }
       j += keys;
@@ -108,11 +110,13 @@ class VectorProducts {
 #pragma GCC unroll 16
         for (int w = 0; w < kOutRows; ++w)
           if (t + w < count)
+#pragma GCC unroll 16
             for (int u = 0; u < kVectors; ++u) sink(t + w, d + u * W, acc[w][u]);
         return;
       }
 #pragma GCC unroll 16
       for (int w = 0; w < kOutRows; ++w)
+#pragma GCC unroll 16
         for (int u = 0; u < kVectors; ++u) before[w][u] = acc[w][u];
     }
   }

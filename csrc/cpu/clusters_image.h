@@ -188,8 +188,10 @@ void cluster_costs(const DistanceView& d, const int32_t* member, const T* w, int
   for (int64_t s = 0; s < n; s += kTogether) {
     const T* row[kTogether];
     double sum[kTogether] = {};
+#pragma GCC unroll 16
     for (int t = 0; t < kTogether; ++t) row[t] = row_of<T>(d, member[s + t < n ? s + t : n - 1]);
     for (int64_t j = 0; j < n; ++j)
+#pragma GCC unroll 16
       for (int t = 0; t < kTogether; ++t) {
         const T product = w[j] * row[t][member[j]];
         sum[t] += double(product);
@@ -204,9 +206,11 @@ T row_sum(const T* d, int64_t N) {
   double sum[kSums] = {};
   int64_t j = 0;
   for (; j + kSums <= N; j += kSums)
+#pragma GCC unroll 16
     for (int l = 0; l < kSums; ++l) sum[l] += double(d[j + l]);
   for (; j < N; ++j) sum[j % kSums] += double(d[j]);
   double total = 0;
+#pragma GCC unroll 16
   for (int l = 0; l < kSums; ++l) total += sum[l];
   return T(total);
 }

@@ -7,6 +7,7 @@
 #include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+#pragma GCC diagnostic ignored "-Wuninitialized"  // as in isa_avx512.cpp
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c,amx-tile,amx-bf16")
 #define TOKRED_AVX512

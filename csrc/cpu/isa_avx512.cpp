@@ -3,7 +3,8 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
-// GCC 12's own _mm512_cvtph_ps reads an undefined pass-through on purpose (PR 105593).
+// GCC 12's own intrinsics read an undefined pass-through on purpose (PR 105593).
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")
 #define TOKRED_AVX512

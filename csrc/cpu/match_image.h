@@ -38,12 +38,15 @@ void unit_row(const E* head0, int64_t H, int64_t D, int64_t s_h, int64_t ahead, 
   int64_t d = 0;
   for (; d + kBlock * W <= D; d += kBlock * W) {
     Vec<T> sum[kBlock];
+#pragma GCC unroll 16
     for (int v = 0; v < kBlock; ++v) sum[v] = load(head0 + d + v * W);
     for (int64_t h = 1; h < H; ++h)
+#pragma GCC unroll 16
       for (int v = 0; v < kBlock; ++v) {
         __builtin_prefetch(head0 + h * s_h + d + v * W + ahead);
         sum[v] += load(head0 + h * s_h + d + v * W);
       }
+#pragma GCC unroll 16
     for (int v = 0; v < kBlock; ++v) {
       if (H > 1) sum[v] *= share;
       squares += sum[v] * sum[v];
@@ -111,10 +114,12 @@ template <int kVectors, class T>
     __builtin_prefetch(ahead, 0, 2);
     ahead += ahead < e.ahead_end ? 64 : 0;
     Vec<T> column[kVectors];
+#pragma GCC unroll 16
     for (int u = 0; u < kVectors; ++u) column[u] = load(b + d * kCols<T> + u * W);
 #pragma GCC unroll 16
     for (int t = 0; t < kRows; ++t) {
       const Vec<T> row = splat(a[t * e.Dp + d]);
+#pragma GCC unroll 16
       for (int u = 0; u < kVectors; ++u) sum[t][u] += row * column[u];
     }
   }
@@ -122,6 +127,7 @@ template <int kVectors, class T>
   if (!e.weight_a) return;
 #pragma GCC unroll 16
   for (int t = 0; t < kRows; ++t)
+#pragma GCC unroll 16
     for (int u = 0; u < kVectors; ++u)
       sum[t][u] = weighted<T>(sum[t][u], e.power, e.weight_a[i + t], load(e.weight_b + j + u * W));
 }
@@ -134,6 +140,7 @@ inline void tile(Edges<T>& e, int64_t i, int64_t j, Best<T>& best) {
   for (int l = 0; l < kLanes<T>; ++l) lane[l] = typename Vector<T>::integer(j + l);
 #pragma GCC unroll 16
   for (int t = 0; t < kRows; ++t)
+#pragma GCC unroll 16
     for (int u = 0; u < kVectors; ++u) {
       const Index<T> better = score[t][u] > best.score[t];
       best.score[t] = better ? score[t][u] : best.score[t];
@@ -146,6 +153,7 @@ template <class T>
 void best_edges(Edges<T>& e, int64_t i) {
   constexpr int W = kLanes<T>;
   Best<T> best;
+#pragma GCC unroll 16
   for (int t = 0; t < kRows; ++t) best.score[t] = splat(T(-__builtin_inf())), best.column[t] = Index<T>{};
   for (int64_t j = 0; j < e.nb; j += kCols<T>)
     if (e.nb - j > W)
@@ -167,18 +175,21 @@ void best_back_edges(Edges<T>& e, int64_t j) {
   constexpr int W = kLanes<T>;
   Vec<T> best[kVectors];
   Index<T> row[kVectors] = {};
+#pragma GCC unroll 16
   for (int u = 0; u < kVectors; ++u) best[u] = splat(T(-__builtin_inf()));
   for (int64_t i = 0; i < e.na; i += kRows) {
     Vec<T> score[kRows][kVectors] = {};
     scores<kVectors>(e, i, j, score);
 #pragma GCC unroll 16
     for (int t = 0; t < kRows; ++t)
+#pragma GCC unroll 16
       for (int u = 0; u < kVectors; ++u) {
         const Index<T> better = score[t][u] > best[u];
         best[u] = better ? score[t][u] : best[u];
         row[u] = better ? Index<T>{} + typename Vector<T>::integer(i + t) : row[u];
       }
   }
+#pragma GCC unroll 16
   for (int u = 0; u < kVectors; ++u) {
     store(e.best + j + u * W, best[u]);
     for (int l = 0; l < W; ++l) e.dst[j + u * W + l] = int32_t(row[u][l]);

@@ -24,9 +24,11 @@ inline void reduce_chunk(const Rows<kAdd, E>& rows, int32_t first, int64_t c, Wi
                          Vec<Wide<E>> (&acc)[kVectors]) {
   using T = Wide<E>;
   constexpr int W = kLanes<T>;
+#pragma GCC unroll 16
   for (int v = 0; v < kVectors; ++v) acc[v] = kAmax ? rows.tokens.at(first, c + v * W) : Vec<T>{};
   for (int32_t i = first; i != kNone; i = rows.next[i]) {
     const T w = rows.w ? rows.w[i] : T(1);
+#pragma GCC unroll 16
     for (int v = 0; v < kVectors; ++v) {
       const Vec<T> value = rows.tokens.at(i, c + v * W);
       if (kAmax)
@@ -36,6 +38,7 @@ inline void reduce_chunk(const Rows<kAdd, E>& rows, int32_t first, int64_t c, Wi
     }
   }
   if (!kAmax && divisor != 1)
+#pragma GCC unroll 16
     for (int v = 0; v < kVectors; ++v) acc[v] /= divisor;
 }
 
@@ -62,6 +65,7 @@ void reduce_row(const Rows<kAdd, E>& rows, int32_t first, int64_t C, Wide<E> div
   for (; c + kVectors * W <= C; c += kVectors * W) {
     Vec<T> acc[kVectors];
     reduce_chunk<kVectors, kAmax>(rows, first, c, divisor, acc);
+#pragma GCC unroll 16
     for (int v = 0; v < kVectors; ++v) store(out + c + v * W, acc[v]);
   }
   for (; c + W <= C; c += W) {

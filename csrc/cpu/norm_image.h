@@ -76,6 +76,7 @@ Wide<E> moment(const E* row, int64_t C, Wide<E> from) {
   Vec<T> chain[kChains] = {};
   int64_t c = 0;
   for (; c + kChains * W <= C; c += kChains * W)
+#pragma GCC unroll 16
     for (int k = 0; k < kChains; ++k) chain[k] += powered(load(row + c + k * W));
   for (; c + W <= C; c += W) chain[0] += powered(load(row + c));
   T sum = sum_lanes<T>((chain[0] + chain[1]) + (chain[2] + chain[3]));

@@ -59,10 +59,12 @@ inline void distance_tile(Pairs<T>& p, int64_t i, int64_t j) {
       __builtin_prefetch(ahead, 0, 2);
       ahead += ahead < p.ahead_end ? 64 : 0;
       Vec<T> column[kVectors];
+#pragma GCC unroll 16
       for (int u = 0; u < kVectors; ++u) column[u] = load(b + c * kCols<T> + u * W);
 #pragma GCC unroll 16
       for (int t = 0; t < kPairRows; ++t) {
         const Vec<T> row = splat(a[c * kCols<T> + t]);
+#pragma GCC unroll 16
         for (int u = 0; u < kVectors; ++u) {
           const Vec<T> difference = row - column[u];
           sum[t][u] += difference * difference;
@@ -71,10 +73,12 @@ inline void distance_tile(Pairs<T>& p, int64_t i, int64_t j) {
     }
 #pragma GCC unroll 16
     for (int t = 0; t < kPairRows; ++t)
+#pragma GCC unroll 16
       for (int u = 0; u < kVectors; ++u) total[t][u] += sum[t][u];
   }
   p.ahead = ahead;
   for (int t = 0; t < kPairRows && i + t < p.N; ++t)
+#pragma GCC unroll 16
     for (int u = 0; u < kVectors; ++u) {
       const Vec<T> distance = square_root(total[t][u]) * p.scale;
       const int64_t from = j + u * W, n = p.N - from;

@@ -187,6 +187,7 @@ inline Vec<T> load_quarters(const T* p, int64_t step) {
   return (Vec<T>)_mm512_insertf32x4(v, at(3), 3);
 #else
   T lanes[kLanes<T>];
+#pragma GCC unroll 4
   for (int l = 0; l < kVectorBytes / 16; ++l) __builtin_memcpy(lanes + l * 16 / sizeof(T), p + l * step, 16);
   return load(lanes);
 #endif

@@ -146,8 +146,8 @@ def launches(step) -> list[str]:
         (DEIT, "cls", ["attention_kernel", "head_mean_kernel"]),
         (DEIT, "mean", ["attention_kernel", "head_mean_kernel"]),
         (VIT_384, "none", ["attention_kernel"]),
-        (VIT_384, "cls", ["attention_kernel", "cls_kernel", "head_mean_kernel"]),
-        (VIT_384, "mean", ["attention_kernel", "column_kernel", "head_mean_kernel"]),
+        (VIT_384, "cls", ["attention_kernel", "head_mean_kernel"]),
+        (VIT_384, "mean", ["attention_kernel", "head_mean_kernel"]),
     ],
 )
 def test_launches(case, scores, expected):

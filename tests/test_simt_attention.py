@@ -5,7 +5,7 @@ import pytest
 import torch
 from attention_cases import ATTENTION_CASES, AttentionCase, _varied
 from cases import DTYPES
-from simt import ops
+from simt import counting, ops
 
 SEEDS = (0, 1, 2)  # 0: threads in order
 ONE, MANY = (1, 0), (100_000, 0)  # multiprocessors
@@ -18,6 +18,18 @@ TILE_CASES = [
     *[AttentionCase(B=1, H=3, N=n, Nq=m, D=64, size_kind="zeros", scores=s, dtype=torch.float16)
       for n, m in ((197, 65), (256, 17), (260, 130)) for s in ("none", "cls", "mean")],
     AttentionCase(B=1, H=1, N=577, Nq=70, D=64, size_kind="counts", scores="mean", dtype=torch.bfloat16),
+    # Column sums beside streamed keys: a block's 128 or 64 query rows, its 128 or 64 keys, fewer blocks than tiles.
+    *[AttentionCase(B=1, H=1, N=n, Nq=m, D=24, size_kind="zeros", scores="mean", dtype=d)
+      for d in (torch.bfloat16, torch.float32)
+      for n, m in ((63, 127), (64, 128), (65, 129), (127, 63), (128, 64), (129, 65), (65, 390), (1, 257), (193, 1))],
+    *[AttentionCase(B=1, H=1, N=n, Nq=m, D=8, scores="mean", size_kind="counts")
+      for n, m in ((1024, 1024), (1025, 1089))],
+    # The traps over several chunks.
+    *[AttentionCase(B=2, H=1, N=150, D=24, size_kind=s, trap=t, scores=e, dtype=d, seed=5)
+      for s, t in (*(("zeros", t) for t in ("garbage", "nan-q", "nan-k", "inf-q", "inf-k", "no-mass", "late-mass")),
+                   *((s, "garbage") for s in ("masked", "image-masked", "first-masked", "one-left", "late", "early")),
+                   ("large", "rising"), ("large", "falling"))
+      for e, d in (("cls", torch.bfloat16), ("mean", torch.bfloat16), ("mean", torch.float32))],
 ]  # fmt: skip
 CASES = [c for c in ATTENTION_CASES if c.B * c.H * c.queries * c.N * c.D <= 8_000_000] + TILE_CASES
 
@@ -72,13 +84,21 @@ def test_unaligned_rows_are_those_of_aligned_ones(dtype):
     assert_same(ops.attention(*shifted, scores="mean"), ops.attention(*case.qkv(), scores="mean"))
 
 
-@pytest.mark.parametrize("N", [9, 65, 209, 300])
+@pytest.mark.parametrize("N, Nq", [(9, 17), (65, 17), (65, 300), (209, 17), (300, 130)])
 @pytest.mark.parametrize("scores", ["cls", "mean"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_scratch_memory_stays_within_its_bound(N, scores, dtype):
-    case = AttentionCase(B=1, N=N, Nq=17, D=64, dtype=dtype)
+def test_scratch_memory_stays_within_its_bound(N, Nq, scores, dtype):
+    case = AttentionCase(B=1, N=N, Nq=Nq, D=64, dtype=dtype)
     *_, scratch = ops.attention_and_scratch(*case.qkv(), scores=scores)
-    assert 0 < scratch <= 4 * case.H * N * -(-min(N, 1024) // 64) + 8 * case.H * 17
+    assert 0 < scratch <= 4 * case.H * N * -(-min(N, 1024) // 64)
+
+
+@pytest.mark.parametrize("scores", ["cls", "mean"])
+@pytest.mark.parametrize("D, dtype", [(64, torch.bfloat16), (24, torch.float16), (40, torch.float32)])
+def test_at_most_two_launches(D, dtype, scores):
+    q, k, v = AttentionCase(B=1, N=300, D=D, dtype=dtype).qkv()
+    assert len(counting.launches("attention", q, k, v, share=0, scores=scores)) == 2
+    assert len(counting.launches("attention_scores", q, k, share=0, scores=scores)) == 2
 
 
 @pytest.mark.slow

@@ -22,9 +22,9 @@ OCCUPANCY = {
 STEPS = {
     "cuda match": "several blocks an image: the selection waits for all of their edges, and what follows waits for it",
     "triton match": "unit rows, edges and selection wait for each other; the rows, three bfloat16, pass through L2",
-    "(cuda|triton) attention cls": "streamed: the row of the class token by itself, then the heads; keys once more",
-    "(cuda|triton) attention mean": "streamed: p is known when its row is done, so q and k once more, then the heads",
-    "(cuda|triton) attention_scores": "sums of the rows, columns, heads: keys are read for the first two",
+    "triton attention cls": "streamed: the row of the class token by itself, then the heads; keys once more",
+    "triton attention mean": "streamed: p is known when its row is done, so q and k once more, then the heads",
+    "triton attention_scores": "sums of the rows, columns, heads: keys are read for the first two",
     "triton attention_backward": "dq by queries, dk and dv by keys, neither by atomics: q, k, v and grad_out twice",
     "triton pairwise_distance": "x is copied to [B, C, N] in float32",
 }

@@ -15,7 +15,7 @@ static void attend(const char* op, const AttentionArgs& args, const Tensor* out,
   g.k = args.k.t.const_data_ptr(), g.k_b = args.k.s_b, g.k_h = args.k.s_h, g.k_n = args.k.s_n;
   g.v = out ? args.v.t.const_data_ptr() : nullptr, g.v_b = args.v.s_b, g.v_h = args.v.s_h, g.v_n = args.v.s_n;
   g.size = floats(args.size), g.out = out ? out->mutable_data_ptr() : nullptr;
-  g.partial = nullptr, g.rows = nullptr;
+  g.partial = nullptr, g.scores = static_cast<float*>(scores.mutable_data_ptr());
   g.B = args.B, g.H = checked_int(op, "H", args.H), g.Nq = checked_int(op, "Nq", args.Nq);
   g.N = checked_int(op, "N", args.N), g.D = int(args.D);
   // A factor above 0 keeps masked logits at -inf; the sign goes to q.
@@ -23,10 +23,9 @@ static void attend(const char* op, const AttentionArgs& args, const Tensor* out,
   g.scale = scale < FLT_MIN ? FLT_MIN : scale, g.negate = args.scale < 0;
   g.aligned = true;
   for (const Heads* t : {&args.q, &args.k, &args.v}) g.aligned &= is_aligned(t->t, {t->s_b, t->s_h, t->s_n});
-  const Emission emit = args.scores == Scores::kNone ? kEmitNone : args.scores == Scores::kCls ? kEmitCls : kEmitMean;
+  g.emit = args.scores == Scores::kNone ? kEmitNone : args.scores == Scores::kCls ? kEmitCls : kEmitMean;
   Tensor memory;
-  launch_scored_attention(g, emit, static_cast<float*>(scores.mutable_data_ptr()), dtype_of(args.q.t),
-                          stream_of(args.q.t), scratch_into(memory, scores));
+  launch_scored_attention(g, dtype_of(args.q.t), stream_of(args.q.t), scratch_into(memory, scores));
 }
 
 std::tuple<Tensor, Tensor> attention_cuda(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& size,

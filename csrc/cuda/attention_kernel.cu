@@ -4,11 +4,9 @@
 
 namespace tokred {
 
-void launch_scored_attention(const AttentionBatch& g, Emission emit, float* scores, Dtype dtype, Stream stream,
-                             const Scratch& scratch) {
-  with_type(dtype, [&](auto zero) {
-    launch_scored_attention<decltype(zero)>(g, emit, scores, this_device(), Launcher(stream), scratch);
-  });
+void launch_scored_attention(const AttentionBatch& g, Dtype dtype, Stream stream, const Scratch& scratch) {
+  with_type(dtype,
+            [&](auto zero) { launch_scored_attention<decltype(zero)>(g, this_device(), Launcher(stream), scratch); });
 }
 
 }  // namespace tokred

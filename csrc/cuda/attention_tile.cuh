@@ -1,4 +1,4 @@
-// What the attention kernels share: rows staged in shared memory, the logits of 16 queries and 16 keys, p v.
+// What attention multiplies: rows staged in shared memory, the logits of 16 queries and 16 keys, p v.
 //
 // A warp owns 16 query rows. Its 16 x 16 logits are two accumulators of the tensor cores (mma.cuh): lane 4 g + t holds
 // rows g and g + 8 of the columns 2t, 2t + 1, 8 + 2t and 9 + 2t. float32 has the same layout but multiplies by FMA, so
@@ -11,7 +11,6 @@
 
 namespace tokred {
 
-constexpr int kAttentionWarps = 4, kAttentionThreads = kAttentionWarps * kWarp;
 constexpr int kQueryTile = 16, kKeyTile = 16;
 
 // Of a head counted over the whole batch; a grid has fewer than 2^32 blocks.
@@ -41,16 +40,14 @@ __device__ __forceinline__ T* result(const AttentionBatch& g, int64_t head, int6
 __device__ __forceinline__ const float* sizes(const AttentionBatch& g, int64_t head, int64_t first) {
   return g.size ? g.size + image_of(g, head) * g.N + first : nullptr;
 }
+// The factor of key n; 0 masks it.
+__device__ __forceinline__ float weight_of(const float* size, int64_t n) {
+  return !size ? 1 : size[n] > 0 ? size[n] : 0;
+}
 
 // Elements from one staged row to the next: an odd number of 16-byte words, so that eight rows meet no bank twice.
 template <typename T, int kWidth>
 constexpr int kRowPitch = kWidth + 16 / int(sizeof(T));
-
-// Shared memory of the query tiles of a block.
-template <typename T, int kWidth>
-__host__ __device__ constexpr int64_t query_bytes() {
-  return int64_t(kAttentionWarps) * kQueryTile * kRowPitch<T, kWidth> * sizeof(T);
-}
 
 template <int kLength, typename T>
 __device__ __forceinline__ Pack<T, kLength> load_pack(const T* from, bool aligned) {
@@ -61,28 +58,29 @@ __device__ __forceinline__ Pack<T, kLength> load_pack(const T* from, bool aligne
   return pack;
 }
 
-// `rows` rows to shared memory by each kBy threads; zeros beyond `count` rows, beyond D and where keep(row) is false.
-template <int kWidth, int kBy, typename T, typename Keep>
-__device__ __forceinline__ void stage_rows(const AttentionBatch& g, const T* from, int64_t stride, int rows, int count,
+// kRows rows to shared memory by each kBy threads; zeros beyond `count` rows, beyond D and where keep(row) is false.
+template <int kWidth, int kBy, int kRows, typename T, typename Keep>
+__device__ __forceinline__ void stage_rows(const AttentionBatch& g, const T* from, int64_t stride, int count,
                                            bool negate, T* to, Keep&& keep) {
-  constexpr int kVector = 16 / sizeof(T), kPacks = kWidth / kVector;
-  for (int first = threadIdx.x % kBy; first < rows * kPacks; first += kAhead * kBy) {
-    Pack<T, kVector> part[kAhead] = {};
+  constexpr int kVector = 16 / sizeof(T), kPacks = kWidth / kVector, kEach = ceil_div(kRows * kPacks, kBy);
+  constexpr int kDeep = kEach < kAhead ? kEach : kAhead;
+  for (int first = threadIdx.x % kBy; first < kRows * kPacks; first += kDeep * kBy) {
+    Pack<T, kVector> part[kDeep] = {};
 #pragma unroll
-    for (int k = 0; k < kAhead; ++k) {
+    for (int k = 0; k < kDeep; ++k) {
       const int row = (first + k * kBy) / kPacks, d = (first + k * kBy) % kPacks * kVector;
-      if (row < min(rows, count) && d < g.D && keep(row))
+      if (row < min(kRows, count) && d < g.D && keep(row))
         part[k] = load_pack<kVector>(from + row * stride + d, g.aligned);
     }
     if (negate)
 #pragma unroll
-      for (int k = 0; k < kAhead; ++k)
+      for (int k = 0; k < kDeep; ++k)
 #pragma unroll
         for (int e = 0; e < kVector; ++e) from_float(-to_float(part[k], e), part[k].e[e]);
 #pragma unroll
-    for (int k = 0; k < kAhead; ++k) {
+    for (int k = 0; k < kDeep; ++k) {
       const int row = (first + k * kBy) / kPacks, d = (first + k * kBy) % kPacks * kVector;
-      if (row < rows) *reinterpret_cast<Pack<T, kVector>*>(to + row * kRowPitch<T, kWidth> + d) = part[k];
+      if (row < kRows) *reinterpret_cast<Pack<T, kVector>*>(to + row * kRowPitch<T, kWidth> + d) = part[k];
     }
   }
 }
@@ -91,16 +89,16 @@ __device__ __forceinline__ void stage_rows(const AttentionBatch& g, const T* fro
 template <int kWidth, typename T>
 __device__ __forceinline__ void stage_queries(const AttentionBatch& g, int64_t head, int64_t first, T* to) {
   __syncwarp();  // the rows before have been read
-  stage_rows<kWidth, kWarp>(g, query<T>(g, head, first), g.q_n, kQueryTile, int(g.Nq - first), g.negate, to,
-                            [](int) { return true; });
+  stage_rows<kWidth, kWarp, kQueryTile>(g, query<T>(g, head, first), g.q_n, int(g.Nq - first), g.negate, to,
+                                        [](int) { return true; });
   __syncwarp();
 }
 
-// A chunk of keys, with kValues their values, and what their mask says.
-template <typename T, int kWidth, int kTiles, bool kValues>
+// A chunk of keys, their values behind them, and what their mask says; staged by kBy threads.
+template <typename T, int kWidth, int kTiles, int kBy>
 struct KeyChunk {
   static constexpr int kKeys = kKeyTile * kTiles, kPitch = kRowPitch<T, kWidth>;
-  static constexpr int64_t kBytes = kKeys * ((1 + kValues) * kPitch * int64_t(sizeof(T)) + 2 * int64_t(sizeof(float)));
+  static constexpr int64_t kBytes = kKeys * 2 * (kPitch * int64_t(sizeof(T)) + int64_t(sizeof(float)));
   T *k, *v;
   float *factor, *cap;
 
@@ -112,14 +110,13 @@ struct KeyChunk {
   __device__ __forceinline__ void stage(const AttentionBatch& g, int64_t head, int first) const {
     const int count = g.N - first;
     const float* size = sizes(g, head, first);
-    stage_rows<kWidth, kAttentionThreads>(g, key<T>(g, head, first), g.k_n, kKeys, count, false, k,
-                                          [](int) { return true; });
-    if (kValues && g.out)  // 0 times a NaN would be one
-      stage_rows<kWidth, kAttentionThreads>(g, value<T>(g, head, first), g.v_n, kKeys, count, false, v,
-                                            [&](int j) { return !size || size[j] > 0; });
-    for (int j = threadIdx.x; j < kKeys; j += kAttentionThreads) {
-      const float weight = j >= count ? 0 : size ? size[j] : 1;
-      factor[j] = weight > 0 ? weight : 0;
+    stage_rows<kWidth, kBy, kKeys>(g, key<T>(g, head, first), g.k_n, count, false, k, [](int) { return true; });
+    if (g.out)  // 0 times a NaN would be one
+      stage_rows<kWidth, kBy, kKeys>(g, value<T>(g, head, first), g.v_n, count, false, v,
+                                     [&](int j) { return !size || size[j] > 0; });
+    for (int j = threadIdx.x; j < kKeys; j += kBy) {
+      const float weight = j < count ? weight_of(size, j) : 0;
+      factor[j] = weight;
       cap[j] = weight > 0 ? INFINITY : -INFINITY;
     }
   }
@@ -150,31 +147,31 @@ struct KeyChunk {
   }
 };
 
-// The products of a warp's 16 query rows, by tensor cores.
+// The products of a warp's 16 rows, by tensor cores.
 template <typename T, int kWidth>
-class QueryTile {
+class RowTile {
  public:
   static constexpr int kPitch = kRowPitch<T, kWidth>;
 
-  __device__ __forceinline__ explicit QueryTile(const T* queries) {
+  __device__ __forceinline__ explicit RowTile(const T* rows) {
     const int lane = threadIdx.x % kWarp;
 #pragma unroll
     for (int d = 0; d < kWidth / 16; ++d)
-      load_matrices<false>(queries + lane % 16 * kPitch + d * 16 + lane / 16 * 8, q_[d]);
+      load_matrices<false>(rows + lane % 16 * kPitch + d * 16 + lane / 16 * 8, rows_[d]);
   }
 
-  // s = q k^T for 16 keys.
-  __device__ __forceinline__ void logits(const T* keys, float (&s)[2][4]) const {
+  // s: products with 16 other rows.
+  __device__ __forceinline__ void logits(const T* others, float (&s)[2][4]) const {
     const int lane = threadIdx.x % kWarp;
-    const T* row = keys + (lane % 8 + lane / 16 * 8) * kPitch + lane / 8 % 2 * 8;
+    const T* row = others + (lane % 8 + lane / 16 * 8) * kPitch + lane / 8 % 2 * 8;
 #pragma unroll
     for (int e = 0; e < 4; ++e) s[0][e] = s[1][e] = 0;
 #pragma unroll
     for (int d = 0; d < kWidth / 16; ++d) {
-      unsigned k[4];
-      load_matrices<false>(row + d * 16, k);
-      multiply_add<T>(s[0], q_[d], k[0], k[1]);
-      multiply_add<T>(s[1], q_[d], k[2], k[3]);
+      unsigned other[4];
+      load_matrices<false>(row + d * 16, other);
+      multiply_add<T>(s[0], rows_[d], other[0], other[1]);
+      multiply_add<T>(s[1], rows_[d], other[2], other[3]);
     }
   }
 
@@ -195,32 +192,31 @@ class QueryTile {
   }
 
  private:
-  unsigned q_[kWidth / 16][4];
+  unsigned rows_[kWidth / 16][4];
 };
 
 // The same by FMA; a row is read four elements at a time by the lanes that need it.
 template <int kWidth>
-class QueryTile<float, kWidth> {
+class RowTile<float, kWidth> {
  public:
   static constexpr int kPitch = kRowPitch<float, kWidth>;
 
-  __device__ __forceinline__ explicit QueryTile(const float* queries)
-      : q_(queries + threadIdx.x % kWarp / 4 * kPitch) {}
+  __device__ __forceinline__ explicit RowTile(const float* rows) : rows_(rows + threadIdx.x % kWarp / 4 * kPitch) {}
 
-  __device__ __forceinline__ void logits(const float* keys, float (&s)[2][4]) const {
-    keys += threadIdx.x % 4 * 2 * kPitch;
+  __device__ __forceinline__ void logits(const float* others, float (&s)[2][4]) const {
+    others += threadIdx.x % 4 * 2 * kPitch;
 #pragma unroll
     for (int e = 0; e < 4; ++e) s[0][e] = s[1][e] = 0;
 #pragma unroll 2
     for (int d = 0; d < kWidth; d += 4) {
-      const Pack<float, 4> row[2] = {at(q_ + d), at(q_ + 8 * kPitch + d)};
+      const Pack<float, 4> row[2] = {at(rows_ + d), at(rows_ + 8 * kPitch + d)};
 #pragma unroll
       for (int c = 0; c < 4; ++c) {
-        const Pack<float, 4> key = at(keys + (c / 2 * 8 + c % 2) * kPitch + d);
+        const Pack<float, 4> other = at(others + (c / 2 * 8 + c % 2) * kPitch + d);
 #pragma unroll
         for (int r = 0; r < 2; ++r)
 #pragma unroll
-          for (int e = 0; e < 4; ++e) s[c / 2][2 * r + c % 2] = fmaf(row[r].e[e], key.e[e], s[c / 2][2 * r + c % 2]);
+          for (int e = 0; e < 4; ++e) s[c / 2][2 * r + c % 2] = fmaf(row[r].e[e], other.e[e], s[c / 2][2 * r + c % 2]);
       }
     }
   }
@@ -244,37 +240,11 @@ class QueryTile<float, kWidth> {
   }
 
  private:
-  const float* q_;
+  const float* rows_;
 
   __device__ __forceinline__ static const Pack<float, 4>& at(const float* from) {
     return *reinterpret_cast<const Pack<float, 4>*>(from);
   }
 };
-
-// Column sums [keys] of a head: from two a lane for every 8 keys, over the lanes, then over the warps in order.
-// of_warp: shared, the warp's own; the next warp's is `stride` floats on.
-template <int kTiles>
-__device__ __forceinline__ void write_columns(float (&sum)[2 * kTiles][2], float* of_warp, int stride, int count,
-                                              float* to) {
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  __syncwarp();  // the query rows that lay here have been read
-#pragma unroll
-  for (int n = 0; n < 2 * kTiles; ++n)
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      float total = sum[n][e];
-#pragma unroll
-      for (int step = 4; step < kWarp; step *= 2) total += __shfl_xor_sync(kAllLanes, total, step);
-      if (lane < 4) of_warp[8 * n + 2 * lane + e] = total;
-    }
-  __syncthreads();
-  const float* first = of_warp - warp * stride;
-  for (int j = threadIdx.x; j < min(count, kKeyTile * kTiles); j += kAttentionThreads) {
-    float total = 0;
-#pragma unroll
-    for (int w = 0; w < kAttentionWarps; ++w) total += first[w * stride + j];
-    to[j] = total;
-  }
-}
 
 }  // namespace tokred

@@ -117,28 +117,22 @@ void launch_add_topk_gather_norm(const GatherBatch& g, const Tail& tail, Dtype d
 
 enum Emission : int { kEmitNone, kEmitCls, kEmitMean };
 
-// What the softmax of a row needs: p = size exp2(s - highest) * inverse; s, highest to base 2.
-struct alignas(8) RowStatistics {
-  float highest, inverse;
-};
-
 struct AttentionBatch {
-  const void* q;        // [B, H, Nq, D], inner stride 1
-  const void* k;        // [B, H, N, D]
-  const void* v;        // [B, H, N, D]
-  const float* size;    // [B, N] or null
-  void* out;            // [B, Nq, H, D] or null: scores alone, v is not read
-  float* partial;       // [B, H, N] or null: the CLS row, or the sum of the rows, of each head
-  RowStatistics* rows;  // [B, H, Nq] or null
+  const void* q;      // [B, H, Nq, D], inner stride 1
+  const void* k;      // [B, H, N, D]
+  const void* v;      // [B, H, N, D]
+  const float* size;  // [B, N] or null
+  void* out;          // [B, Nq, H, D] or null: scores alone, v is not read
+  float* partial;     // [B, H, groups, N], scratch: of each head the CLS row, or the sums of the rows of each group
+  float* scores;      // [B, N], not written for kEmitNone
   int64_t B, q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n;
   int H, Nq, N, D;
+  Emission emit;
   float scale;   // of the logits to base 2, positive
   bool negate;   // q, for a scale below 0
   bool aligned;  // every row of q, k and v starts at a multiple of 16 bytes
 };
 
-// scores: [B, N], not written for kEmitNone. partial and rows become scratch.
-void launch_scored_attention(const AttentionBatch& g, Emission emit, float* scores, Dtype dtype, Stream stream,
-                             const Scratch& scratch);
+void launch_scored_attention(const AttentionBatch& g, Dtype dtype, Stream stream, const Scratch& scratch);
 
 }  // namespace tokred

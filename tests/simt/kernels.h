@@ -64,10 +64,10 @@ void emulate_unmerge(const UnmergeBatch& u) {
 
 // Returns how much scratch memory it took.
 template <typename T>
-int64_t emulate_attention(const AttentionBatch& g, Emission emit, float* scores, const Device& device) {
+int64_t emulate_attention(const AttentionBatch& g, const Device& device) {
   ScratchMemory scratch;
   int64_t taken = 0;
-  launch_scored_attention<T>(g, emit, scores, device, Launcher{}, [&](int64_t bytes) {
+  launch_scored_attention<T>(g, device, Launcher{}, [&](int64_t bytes) -> void* {
     scratch = scratch_memory(bytes);
     taken += bytes;
     return scratch.get();

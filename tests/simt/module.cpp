@@ -68,15 +68,14 @@ static int64_t attention(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t size, 
                          bool negate, int emit, int dtype, bool aligned, int multiprocessors) {
   AttentionBatch g;
   g.q = pointer<void>(q), g.k = pointer<void>(k), g.v = pointer<void>(v), g.size = pointer<float>(size);
-  g.out = pointer<void>(out), g.partial = nullptr, g.rows = nullptr, g.B = B;
+  g.out = pointer<void>(out), g.partial = nullptr, g.scores = pointer<float>(scores), g.B = B;
   g.q_b = strides[0], g.q_h = strides[1], g.q_n = strides[2], g.k_b = strides[3], g.k_h = strides[4];
   g.k_n = strides[5], g.v_b = strides[6], g.v_h = strides[7], g.v_n = strides[8];
-  g.H = H, g.Nq = Nq, g.N = N, g.D = D, g.scale = scale, g.negate = negate, g.aligned = aligned;
-  const Emission emission = static_cast<Emission>(emit);
+  g.H = H, g.Nq = Nq, g.N = N, g.D = D, g.emit = static_cast<Emission>(emit);
+  g.scale = scale, g.negate = negate, g.aligned = aligned;
   const Device device{multiprocessors, 0};
   int64_t taken = 0;
-  with_type(static_cast<Dtype>(dtype),
-            [&](auto zero) { taken = emulate_attention<decltype(zero)>(g, emission, pointer<float>(scores), device); });
+  with_type(static_cast<Dtype>(dtype), [&](auto zero) { taken = emulate_attention<decltype(zero)>(g, device); });
   return taken;
 }
 

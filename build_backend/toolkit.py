@@ -34,11 +34,11 @@ def why_no_cuda(torch, home: str | None) -> str | None:
     return None
 
 
-def gencode(architectures: str) -> list[str]:
+def gencode(architectures: str, newest: int = 80) -> list[str]:
     """nvcc's options for TORCH_CUDA_ARCH_LIST; none where it holds names, which torch knows.
 
-    Intermediate code is made for 8.0 alone and serves all later ones: no kernel uses what came after it, the machine
-    code is as good, and what comes before ptxas is half of the compile time.
+    Intermediate code is made for 8.0 alone and serves all later ones: the machine code is as good, and what comes
+    before ptxas is half of the compile time. newest: 90 where kernels use what 9.0 brought, for which both are made.
     """
     entries = architectures.replace(";", " ").split()
     if not all(re.fullmatch(r"\d+\.\d(\+PTX)?", entry) for entry in entries):
@@ -46,7 +46,7 @@ def gencode(architectures: str) -> list[str]:
     codes: dict[int, list[str]] = {}
     for entry in entries:
         real = int(entry.removesuffix("+PTX").replace(".", ""))
-        virtual = min(real, 80)
+        virtual = next((v for v in (newest, 80) if real >= v), real)
         codes.setdefault(virtual, []).append(f"sm_{real}")
         if entry.endswith("+PTX"):
             codes[virtual].append(f"compute_{virtual}")

@@ -127,6 +127,11 @@ def test_intermediate_code_for_one_generation(monkeypatch):
 
     one = ["-gencode=arch=compute_80,code=[sm_80,sm_90,sm_100,sm_120,compute_80]"]
     assert toolkit.gencode("8.0;9.0;10.0;12.0+PTX") == one
+    assert toolkit.gencode("8.0;9.0;10.0;12.0+PTX", 90) == [
+        "-gencode=arch=compute_80,code=[sm_80]",
+        "-gencode=arch=compute_90,code=[sm_90,sm_100,sm_120,compute_90]",
+    ]
+    assert toolkit.gencode("7.5 8.6+PTX", 90) == toolkit.gencode("7.5 8.6+PTX")
     assert toolkit.gencode("7.5 8.6+PTX")[1] == "-gencode=arch=compute_80,code=[sm_86,compute_80]"
     assert toolkit.gencode("Ampere") == toolkit.gencode("") == []  # torch's to choose
 

@@ -50,7 +50,7 @@ EXPECTED = {
 
 @pytest.fixture(scope="module")
 def kernels():
-    """{(kernel, arch): {"REG": ..., "STACK": ..., "SHARED": ..., "code": Counter of instructions}}."""
+    """As machine_code.kernels has them."""
     if reason := machine_code.missing():
         pytest.skip(reason)
     return machine_code.kernels()
@@ -72,6 +72,19 @@ def test_machine_code(kernels, kernel, arch):
     assert -(-facts["REG"] // 8) * 8 * threads * blocks <= REGISTERS
     for instruction, least in expected.items():
         assert count(code, instruction) >= least, f"{instruction}: {count(code, instruction)}"
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("kernel", EXPECTED)
+def test_dependent_launch(kernels, kernel, arch):
+    """From 9.0 on a kernel that begins early does nothing with memory, and does not end, before its one wait."""
+    facts = kernels[kernel, arch]
+    code, newer = facts["code"], arch != "sm_80"
+    waits = newer and bool(re.match(r"(edge|select|follow|merge|topk_gather)_kernel", kernel))
+    lets_next_begin = newer and bool(re.match(r"(match|edge|select|topk)_kernel", kernel))
+    assert (count(code, "ACQBULK"), count(code, "PREEXIT")) == (waits, lets_next_begin)
+    assert waits == ("early" in facts)
+    assert not [name for name in facts.get("early", ()) if re.match(r"(U?LD(?!C)|ST|RED|ATOM|BAR|BRA|EXIT|RET)", name)]
 
 
 def test_atomics_are_nowhere(kernels):

@@ -82,6 +82,17 @@ def test_two_runs_are_bitwise_equal(case):
 
 
 @pytest.mark.parametrize("case", STEPS, ids=lambda c: c.id)
+def test_a_dependent_launch_is_an_ordinary_one(case):
+    """In match_merge merge begins before match has ended, by itself it does not. Outputs lie where earlier ones lay,
+    full of poison: what is read too early shows."""
+    inputs = step_inputs(case)
+    for x, metric, r, p, size in 100 * [inputs, [t.flip(0) if isinstance(t, torch.Tensor) else t for t in inputs]]:
+        out, size_out, assign = tokred.match_merge(x, metric, r, p, size)
+        want = tokred.match(metric, r, p)
+        assert_same((assign, out, size_out), (want, *tokred.merge(x, want, out.shape[1], size)))
+
+
+@pytest.mark.parametrize("case", STEPS, ids=lambda c: c.id)
 def test_an_image_alone_is_that_of_the_batch(case):
     """At N = 577 a large batch takes one block an image and a single image several."""
     x, metric, r, p, size = step_inputs(case)

@@ -82,6 +82,22 @@ def test_launches(N, D, device, launches):
     assert len(counting.launches("match", metric, 13, share=0, device=device)) == launches
 
 
+@pytest.mark.parametrize(
+    ("call", "dependent"),
+    [
+        (lambda x, t: counting.launches("match_merge", x, x, 13, share=0), [False, True]),
+        (lambda x, t: counting.launches("match_merge", x, x, 13, share=0, device=MANY), [False, True, True]),
+        (lambda x, t: counting.launches("match", x, 13, two_way=True, share=0, device=MANY), [False, *3 * [True]]),
+        (lambda x, t: counting.launches("topk_gather", x, t.float(), 20, share=0), [False, True]),
+        (lambda x, t: counting.launches("merge", x, t, 37, share=0), [False]),
+    ],
+    ids=["match_merge", "match_merge-by-several-blocks", "match-two-way", "topk_gather", "merge"],
+)
+def test_dependent_launches(call, dependent):
+    x, per_token = torch.zeros(2, 50, 8), torch.zeros(2, 50, dtype=torch.int32)
+    assert [launch.dependent for launch in call(x, per_token)] == dependent
+
+
 @pytest.mark.parametrize("two_way", [False, True])
 def test_match_of_an_image_is_that_of_the_batch(two_way):
     case = MatchCase(B=4, N=101, D=24, H=3, r=30, trap="alike", two_way=two_way)
@@ -155,8 +171,9 @@ def test_unmerge(case):
 
 
 @pytest.mark.parametrize("case", [c for c in MATCH_CASES if c.r == 9 and not c.weighted], ids=lambda c: c.id)
-def test_match_merge(case):
+@pytest.mark.parametrize("device", [H200, MANY], ids=["one-block", "several-blocks"])
+def test_match_merge(case, device):
     x, size = case.x(), case.size()
-    out, size_out, assign = ops.match_merge(x, case.metric(), case.r, case.p, size)
+    out, size_out, assign = ops.match_merge(x, case.metric(), case.r, case.p, size, device=device)
     check_match(case, assign)
     oracle.check_merge((out, size_out), x, assign, out.shape[1], size)

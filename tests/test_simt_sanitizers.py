@@ -47,6 +47,12 @@ def test_the_planted_kernel_is_clean_without_a_bug(flavour):
         ("plain", "returned", "a barrier that some threads do not reach"),
         ("plain", "wrong-mask", "a shuffle reads a lane outside its mask"),
         ("plain", "uninitialised", "wrong:"),
+        ("plain", "missing-wait", "threads return that did not wait for the launch before"),
+        ("plain", "lone-wait", "threads return that did not wait for the launch before"),
+        ("plain", "early-read", "wrong:"),
+        ("plain", "early-write", "memory is written before the wait"),
+        ("thread", "early-read", "data race"),
+        ("thread", "early-write", "data race"),
     ],
 )
 @pytest.mark.parametrize("seed", ["0", "1"])

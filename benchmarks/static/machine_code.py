@@ -58,7 +58,8 @@ def compiler() -> str:
 
 
 def kernels() -> dict[tuple[str, str], dict]:
-    """{(kernel, arch): {"REG": ..., "STACK": ..., "SHARED": ..., "code": Counter of instructions}}."""
+    """{(kernel, arch): {"REG": ..., "STACK": ..., "SHARED": ..., "code": Counter of instructions}}, and "early": a list
+    of those before the wait of a dependent launch, where there is one."""
     built = wheel.built()
     read = built.with_name("machine_code.json")
     if not read.exists():
@@ -101,6 +102,8 @@ def _parse(text: str) -> dict[str, dict]:
     for mangled, body in re.findall(r"Function : (\w+)\n(.*?)\n\s*\.{10}", text, re.DOTALL):
         code = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", body, re.MULTILINE)
         facts[readable(mangled)]["code"] = collections.Counter(code)
+        if "ACQBULK" in code:
+            facts[readable(mangled)]["early"] = code[: code.index("ACQBULK")]
     return facts
 
 

@@ -63,8 +63,8 @@ struct MergeBatch {
   Reduction reduce;
 };
 
-// aligned, here and below: rows of all tensors start at multiples of 16 bytes.
-void launch_merge(const MergeBatch& g, Dtype dtype, bool aligned, Stream stream);
+// aligned, here and below: rows of all tensors start at multiples of 16 bytes. after_match: of the same op.
+void launch_merge(const MergeBatch& g, Dtype dtype, bool aligned, Stream stream, bool after_match);
 
 // A copy of bits, in words of 16, 4 or 2 bytes.
 struct UnmergeBatch {

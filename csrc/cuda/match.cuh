@@ -23,7 +23,7 @@
 //   match_kernel<6>       128              2   and 12 bytes an edge; two ways, 4 bytes an edge more
 //   match_kernel<7>       128              2
 #pragma once
-#include "device.cuh"
+#include "dependent.cuh"
 
 namespace tokred {
 
@@ -289,6 +289,7 @@ struct MatchShared {
 
 template <int kTile>
 __global__ void __launch_bounds__(kThreads, 2) match_kernel(const MatchBatch m, bool resident) {
+  let_next_launch_begin();
   const int64_t b = blockIdx.x;
   int32_t* assign = m.assign + b * m.N;
   if (m.r + m.r_b == 0) {

@@ -13,14 +13,14 @@
 // the bound of 1e-6 (error at most 4.3e-7 up to D = 2048). The rows are then read for their norms and again for every
 // piece.
 //
-// Floor, B=8 N=1024 H=6 D=64 bf16 on 132 SMs: keys 6.3 MB once = 1.5 us; 7.9k FMA clocks = 4.7 us.  Predicted 12 us:
-// each of 7 tiles of rows a finds the rows b in L2, 35 MB = 6.4 us, in part beside the products; then a launch and some
-// 40 counts over a block.  Unit rows kept in scratch would halve what comes from L2, for a launch and 1.7 times the
-// bytes of memory.
+// Floor, B=8 N=1024 H=6 D=64 bf16 on 132 SMs: keys 6.3 MB once = 1.5 us; 7.9k FMA clocks = 4.7 us.  Predicted 11 us:
+// each of 7 tiles of rows a finds the rows b in L2, 35 MB = 6.4 us, in part beside the products; then a launch that is
+// hidden in part (dependent.cuh), and some 40 counts over a block.  Unit rows kept in scratch would halve what comes
+// from L2, for a launch and 1.7 times the bytes of memory.
 //
 //   sm_90                  registers   blocks an SM   shared memory
 //   edge_kernel<5>               128              2   44 KB, beyond D = 64 87 KB
-//   edge_kernel<4, deep>         113              2           35 KB
+//   edge_kernel<4, deep>         116              2           35 KB
 //   select_kernel                 32              2           256 B
 //   follow_kernel                 32              8            2 KB
 #pragma once
@@ -32,7 +32,8 @@ constexpr int kSelectThreads = 1024;
 // The largest without spills on any architecture; deep, with two sets of sums, and 98 rows fill 2 tiles of 64 better.
 constexpr int kEdgeTile = 5, kDeepTile = 4;
 
-struct MatchScratch {
+struct SplitBatch {
+  MatchBatch match;
   uint64_t* keys;  // [B, segments, rows]: score and column of the best edge
   int* kept;       // [B, Na - r]: which a stayed; null one way
   int segments;
@@ -118,14 +119,17 @@ __device__ __forceinline__ void find_deep_edges(const MatchBatch& m, int64_t b, 
 
 template <int kTile, bool kDeep>
 __global__ void __launch_bounds__(kThreads, 2)
-    edge_kernel(const MatchBatch m, const MatchScratch scratch, bool back, int row_tiles, int segment) {
+    edge_kernel(const Dependent<SplitBatch> dependent, bool back, int row_tiles, int segment) {
+  const SplitBatch& split = dependent.wait();
+  let_next_launch_begin();
+  const MatchBatch& m = split.match;
   constexpr int kSide = 16 * kTile;
-  const int64_t b = blockIdx.x / unsigned(row_tiles * scratch.segments);
-  const int item = blockIdx.x % unsigned(row_tiles * scratch.segments), s = item % scratch.segments;
+  const int64_t b = blockIdx.x / unsigned(row_tiles * split.segments);
+  const int item = blockIdx.x % unsigned(row_tiles * split.segments), s = item % split.segments;
   const Side rows = back ? side_b(m) : side_a(m);
-  const Side columns = back ? side_kept(m, scratch.kept + b * m.kept()) : side_b(m);
-  const int i0 = item / scratch.segments * kSide, j0 = s * segment, end = min(columns.count, j0 + segment);
-  uint64_t* keys = scratch.keys + (b * scratch.segments + s) * rows.count;
+  const Side columns = back ? side_kept(m, split.kept + b * m.kept()) : side_b(m);
+  const int i0 = item / split.segments * kSide, j0 = s * segment, end = min(columns.count, j0 + segment);
+  uint64_t* keys = split.keys + (b * split.segments + s) * rows.count;
   const auto write = [&](int i, uint64_t key) { keys[i] = key; };
   float* room = reinterpret_cast<float*>(shared_memory());
   if constexpr (kDeep)
@@ -144,12 +148,15 @@ __device__ __forceinline__ uint64_t best_key(const uint64_t* keys, int rows, int
   return best;
 }
 
-__global__ void __launch_bounds__(kSelectThreads) select_kernel(const MatchBatch m, const MatchScratch scratch) {
+__global__ void __launch_bounds__(kSelectThreads) select_kernel(const Dependent<SplitBatch> dependent) {
+  const SplitBatch& split = dependent.wait();
+  let_next_launch_begin();
+  const MatchBatch& m = split.match;
   const int64_t b = blockIdx.x;
   const int na = m.rows_a();
-  uint64_t* keys = scratch.keys + b * scratch.segments * na;
+  uint64_t* keys = split.keys + b * split.segments * na;
   for (int i = threadIdx.x; i < na; i += kSelectThreads)  // below too, thread t reads keys t, t + kSelectThreads, ...
-    keys[i] = best_key(keys, na, scratch.segments, i);
+    keys[i] = best_key(keys, na, split.segments, i);
   int* counts = reinterpret_cast<int*>(shared_memory());  // [2, kWarp]: one barrier a step
   uint64_t threshold = 0;                                 // the largest with at least r keys not below it
   for (int bit = 63; bit >= 0; --bit) {
@@ -162,24 +169,26 @@ __global__ void __launch_bounds__(kSelectThreads) select_kernel(const MatchBatch
   }
   __syncthreads();
   write_assign(
-      m, b, counts, scratch.kept ? scratch.kept + b * m.kept() : nullptr,
+      m, b, counts, split.kept ? split.kept + b * m.kept() : nullptr,
       [&](int i) { return with_index(keys[i], i) >= threshold; }, [&](int i) { return key_index(keys[i]); });
 }
 
 // Token n in the row of b_j goes where b_j does: what it is now depends on its own entry of assign alone.
-__global__ void __launch_bounds__(kThreads) follow_kernel(const MatchBatch m, const MatchScratch scratch, int groups) {
+__global__ void __launch_bounds__(kThreads) follow_kernel(const Dependent<SplitBatch> dependent, int groups) {
+  const SplitBatch& split = dependent.wait();
+  const MatchBatch& m = split.match;
   const int64_t b = blockIdx.x / groups;
   const int n = m.p + blockIdx.x % groups * kThreads + threadIdx.x, nb = m.rows_b();
   int32_t* row = m.assign + b * m.N + n;
-  const uint64_t* keys = scratch.keys + b * scratch.segments * nb;
+  const uint64_t* keys = split.keys + b * split.segments * nb;
   const int j = n < m.N ? *row - m.first_b_row() : -1;
-  const uint64_t edge = j < 0 ? 0 : best_key(keys, nb, scratch.segments, j), mine = with_index(edge, j);
+  const uint64_t edge = j < 0 ? 0 : best_key(keys, nb, split.segments, j), mine = with_index(edge, j);
   uint64_t* others = reinterpret_cast<uint64_t*>(shared_memory());  // [kThreads]
   int before = 0;
   for (int base = 0; base < nb; base += kThreads) {
     const int other = base + threadIdx.x;
     __syncthreads();
-    if (other < nb) others[threadIdx.x] = with_index(best_key(keys, nb, scratch.segments, other), other);
+    if (other < nb) others[threadIdx.x] = with_index(best_key(keys, nb, split.segments, other), other);
     __syncthreads();
     for (int o = 0; o < min(kThreads, nb - base); ++o) before += others[o] > mine;
   }
@@ -212,16 +221,16 @@ void launch_split(const MatchBatch& m, const Device& device, Launch&& launch, Sc
   const int64_t keys = m.B * segments * m.rows() * int64_t(sizeof(uint64_t));
   const int64_t kept = two_way ? m.B * m.kept() * int64_t(sizeof(int)) : 0;
   char* memory = static_cast<char*>(scratch(keys + kept));
-  MatchScratch s{reinterpret_cast<uint64_t*>(memory), two_way ? reinterpret_cast<int*>(memory + keys) : nullptr,
-                 grid.segments};
+  SplitBatch s{m, reinterpret_cast<uint64_t*>(memory), two_way ? reinterpret_cast<int*>(memory + keys) : nullptr,
+               grid.segments};
   const auto edges = deep ? edge_kernel<kDeepTile, true> : edge_kernel<kEdgeTile, false>;
-  launch(edges, m.B * grid.row_tiles * grid.segments, kThreads, shared, m, s, false, grid.row_tiles, grid.segment);
-  launch(select_kernel, m.B, kSelectThreads, 2 * kWarp * int64_t(sizeof(int)), m, s);
+  launch(edges, m.B * grid.row_tiles * grid.segments, kThreads, shared, s, false, grid.row_tiles, grid.segment);
+  launch(select_kernel, m.B, kSelectThreads, 2 * kWarp * int64_t(sizeof(int)), s);
   if (!two_way) return;
   const int groups = ceil_div(m.N - m.p, kThreads);
   s.segments = back.segments;
-  launch(edges, m.B * back.row_tiles * back.segments, kThreads, shared, m, s, true, back.row_tiles, back.segment);
-  launch(follow_kernel, m.B * groups, kThreads, kThreads * int64_t(sizeof(uint64_t)), m, s, groups);
+  launch(edges, m.B * back.row_tiles * back.segments, kThreads, shared, s, true, back.row_tiles, back.segment);
+  launch(follow_kernel, m.B * groups, kThreads, kThreads * int64_t(sizeof(uint64_t)), s, groups);
 }
 
 // Launches what suits the shape. scratch(bytes) gives memory that outlives the kernels.

@@ -46,12 +46,12 @@ static MergeBatch merge_batch(const char* op, const MergeArgs& args, Reduce redu
   return g;
 }
 
-static void merge_into(const char* op, const MergeArgs& args, Reduce reduce, const Tensor& out,
-                       const Tensor& size_out) {
+static void merge_into(const char* op, const MergeArgs& args, Reduce reduce, const Tensor& out, const Tensor& size_out,
+                       bool after_match) {
   if (args.B == 0 || args.M == 0) return;
   const MergeBatch g = merge_batch(op, args, reduce, out, size_out);
   const bool aligned = is_aligned(args.x, {args.s_b, args.s_n, args.C});
-  launch_merge(g, dtype_of(args.x), aligned, stream_of(args.x));
+  launch_merge(g, dtype_of(args.x), aligned, stream_of(args.x), after_match);
 }
 
 std::tuple<Tensor, Tensor> merge_cuda(const Tensor& x, const Tensor& assign, int64_t m, const OptionalTensor& size,
@@ -62,7 +62,7 @@ std::tuple<Tensor, Tensor> merge_cuda(const Tensor& x, const Tensor& assign, int
   debug_assign_values("merge", args.assign, m);
   Tensor out = torch::stable::new_empty(x, {args.B, m, args.C});
   Tensor size_out = torch::stable::new_empty(x, {args.B, m}, ScalarType::Float);
-  merge_into("merge", args, how, out, size_out);
+  merge_into("merge", args, how, out, size_out, false);
   return {out, size_out};
 }
 
@@ -78,7 +78,7 @@ std::tuple<Tensor, Tensor, Tensor> match_merge_cuda(const Tensor& x, const Tenso
   Tensor out = torch::stable::new_empty(x, {merge.B, M, merge.C});
   Tensor size_out = torch::stable::new_empty(x, {merge.B, M}, ScalarType::Float);
   match_into(op, match, assign);
-  merge_into(op, merge, Reduce::kMean, out, size_out);
+  merge_into(op, merge, Reduce::kMean, out, size_out, true);
   return {out, size_out, assign};
 }
 

@@ -9,19 +9,15 @@
 // have the 24 KB in flight that this needs.
 //
 //   sm_90                     registers   blocks an SM   shared memory
-//   merge_kernel<float, 4>           60              4           10 KB
+//   merge_kernel<float, 4>           56              4           10 KB
 //   merge_kernel<half, 8>            64              4
-//   merge_kernel<bfloat16, 8>        61              4
-//   merge_kernel<*, 1>          56 - 64              4
+//   merge_kernel<bfloat16, 8>        64              4
+//   merge_kernel<*, 1>               64              4
 #pragma once
+#include "dependent.cuh"
 #include "norm.cuh"
 
 namespace tokred {
-
-// How the rows are spread: `slices` warps share an output row, `groups` blocks serve an image.
-struct MergeGrid {
-  int slices, groups;
-};
 
 constexpr int kScan = 8 * kWarp;  // tokens a step; 197 in one
 constexpr int kListed = kScan + 2 * kWarp;
@@ -122,14 +118,17 @@ __device__ __forceinline__ RowSum<kVector> sum_members(const Channels& channels,
   return sum;
 }
 
+// `slices` warps share an output row, `groups` blocks serve an image.
 template <typename T, int kVector>
-__global__ void __launch_bounds__(kThreads, 4) merge_kernel(const MergeBatch g, const MergeGrid grid) {
+__global__ void __launch_bounds__(kThreads, 4)
+    merge_kernel(const Dependent<MergeBatch> dependent, int slices, int groups) {
+  const MergeBatch& g = dependent.wait();
   using Vector = Pack<T, kVector>;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const int64_t b = blockIdx.x / unsigned(grid.groups);
-  const int item = blockIdx.x % unsigned(grid.groups) * kWarps + warp, j = item / grid.slices;
+  const int64_t b = blockIdx.x / unsigned(groups);
+  const int item = blockIdx.x % unsigned(groups) * kWarps + warp, j = item / slices;
   if (j >= g.M) return;
-  const int slice = item % grid.slices, vectors = g.C / kVector, chunks = g.C ? ceil_div(vectors, kWarp) : 1;
+  const int slice = item % slices, vectors = g.C / kVector, chunks = g.C ? ceil_div(vectors, kWarp) : 1;
   const int32_t* assign = g.assign + b * g.N;
   const float* size = g.size ? g.size + b * g.N : nullptr;
   const float* weight = g.weight ? g.weight + b * g.N : nullptr;
@@ -144,12 +143,12 @@ __global__ void __launch_bounds__(kThreads, 4) merge_kernel(const MergeBatch g, 
   if (whole && list.found == 1 && g.reduce != kReduceSum) {
     const int i = list.token[0];
     copy_words(reinterpret_cast<const Vector*>(x + i * g.s_n), reinterpret_cast<Vector*>(out), slice * kWarp + lane,
-               grid.slices * kWarp, vectors);
+               slices * kWarp, vectors);
     if (slice == 0 && lane == 0) g.size_out[b * g.M + j] = size ? size[i] : 1;
     return;
   }
 
-  for (int chunk = slice; chunk < chunks; chunk += grid.slices) {
+  for (int chunk = slice; chunk < chunks; chunk += slices) {
     const int v = chunk * kWarp + lane;
     const bool active = v < vectors;
     const Channels<T, kVector> channels{x + v * kVector, g.s_n};
@@ -167,14 +166,13 @@ void launch_merge(const MergeBatch& g, bool aligned, Launch&& launch) {
   constexpr int64_t kEnough = 4096;
   const int chunks = ceil_div(ceil_div(g.C, aligned ? kVector : 1), kWarp);
   const int64_t spare = kEnough / (g.B * g.M);
-  MergeGrid grid;
-  grid.slices = spare < 1 || chunks == 0 ? 1 : spare < chunks ? int(spare) : chunks;
-  grid.groups = ceil_div(g.M * grid.slices, kWarps);
+  const int slices = spare < 1 || chunks == 0 ? 1 : spare < chunks ? int(spare) : chunks;
+  const int groups = ceil_div(g.M * slices, kWarps);
   constexpr int64_t kShared = kWarps * kListed * sizeof(int);
   if (aligned)
-    launch(merge_kernel<T, kVector>, g.B * grid.groups, kThreads, kShared, g, grid);
+    launch(merge_kernel<T, kVector>, g.B * groups, kThreads, kShared, g, slices, groups);
   else
-    launch(merge_kernel<T, 1>, g.B * grid.groups, kThreads, kShared, g, grid);
+    launch(merge_kernel<T, 1>, g.B * groups, kThreads, kShared, g, slices, groups);
 }
 
 }  // namespace tokred

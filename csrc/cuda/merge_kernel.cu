@@ -4,8 +4,8 @@
 
 namespace tokred {
 
-void launch_merge(const MergeBatch& g, Dtype dtype, bool aligned, Stream stream) {
-  with_type(dtype, [&](auto zero) { launch_merge<decltype(zero)>(g, aligned, Launcher(stream)); });
+void launch_merge(const MergeBatch& g, Dtype dtype, bool aligned, Stream stream, bool after_match) {
+  with_type(dtype, [&](auto zero) { launch_merge<decltype(zero)>(g, aligned, Launcher(stream, after_match)); });
 }
 
 }  // namespace tokred

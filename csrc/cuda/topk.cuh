@@ -11,7 +11,7 @@
 //   sm_90          registers   blocks an SM   shared memory
 //   topk_kernel           32              2           256 B
 #pragma once
-#include "device.cuh"
+#include "dependent.cuh"
 
 namespace tokred {
 
@@ -24,6 +24,7 @@ __device__ __forceinline__ unsigned score_key(float score) {
 }
 
 __global__ void __launch_bounds__(kTopkThreads) topk_kernel(const TopkBatch g) {
+  let_next_launch_begin();
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, threads = blockDim.x, P = g.N - g.p;
   const float* score = g.score + blockIdx.x * int64_t(g.N) + g.p;
   int32_t* assign = g.assign + blockIdx.x * int64_t(g.N);

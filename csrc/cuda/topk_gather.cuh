@@ -10,7 +10,7 @@
 //   sm_90                           registers   blocks an SM   shared memory
 //   topk_gather_kernel<float, 4>           56              4           10 KB
 //   topk_gather_kernel<half, 8>            56              4
-//   topk_gather_kernel<bfloat16, 8>        56              4
+//   topk_gather_kernel<bfloat16, 8>        61              4
 //   topk_gather_kernel<*, 1>               56              4
 #pragma once
 #include "merge.cuh"
@@ -71,7 +71,9 @@ template <typename T, int kVector>
 constexpr int kFusedVector = kVector == 1 ? 1 : 4 / sizeof(T);
 
 template <typename T, int kVector>
-__global__ void __launch_bounds__(kThreads, 4) topk_gather_kernel(const GatherBatch g, int chunks, int groups) {
+__global__ void __launch_bounds__(kThreads, 4)
+    topk_gather_kernel(const Dependent<GatherBatch> dependent, int chunks, int groups) {
+  const GatherBatch& g = dependent.wait();
   const int warp = threadIdx.x / kWarp, item = blockIdx.x % unsigned(groups) * kWarps + warp;
   const int64_t b = blockIdx.x / unsigned(groups);
   const int32_t* assign = g.assign + b * g.N;

@@ -5,7 +5,7 @@
 namespace tokred {
 
 void launch_topk_gather(const GatherBatch& g, Dtype dtype, bool aligned, Stream stream) {
-  with_type(dtype, [&](auto zero) { launch_topk_gather<decltype(zero)>(g, aligned, Launcher(stream)); });
+  with_type(dtype, [&](auto zero) { launch_topk_gather<decltype(zero)>(g, aligned, Launcher(stream, true)); });
 }
 
 }  // namespace tokred

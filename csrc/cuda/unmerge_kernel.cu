@@ -5,7 +5,7 @@
 namespace tokred {
 
 void launch_unmerge(const UnmergeBatch& u, int64_t word_bytes, Stream stream) {
-  const Launcher launch(stream);
+  Launcher launch(stream);
   switch (word_bytes) {
     case 16: return launch_unmerge<uint4>(u, launch);
     case 4: return launch_unmerge<uint32_t>(u, launch);

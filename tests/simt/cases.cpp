@@ -42,7 +42,7 @@ static void merge(int B, int N, int M, int C, Reduction reduce, bool weighted, i
   for (int i = 0; i < B * N; ++i) assign[i] = int(random_bits() % (M + spread)) - spread / 2;  // some are no row
   MergeBatch g{x, assign, size,  weighted ? weight.data.get() : nullptr, out, size_out, B, int64_t(N) * C, C, N,
                M, C,      reduce};
-  emulate_merge<T>(g, C * sizeof(T) % 16 == 0);
+  emulate_merge<T>(g, C * sizeof(T) % 16 == 0, true);
   printf("merge N=%d M=%d C=%d: %08x\n", N, M, C, hash(size_out, hash(out)));
 }
 

@@ -19,7 +19,7 @@ struct Region {
 
 struct Launch {
   const char* kernel;  // mangled
-  int64_t blocks, threads, shared;
+  int64_t blocks, threads, shared, dependent;
   int64_t run;            // blocks that were run, for the counts
   int64_t read, written;  // sectors that the launch touched; read: not those that it wrote before
   int64_t from_l2;        // sectors that its blocks read, each counted once a block
@@ -55,11 +55,11 @@ void device_memory(const void* memory, size_t bytes) {
   regions.push_back({first, std::vector<uint32_t>(sectors), std::vector<uint32_t>(sectors)});
 }
 
-int64_t start_launch(const void* kernel, int64_t blocks, int threads, int64_t shared) {
+int64_t start_launch(const void* kernel, int64_t blocks, int threads, int64_t shared, bool dependent) {
   Dl_info symbol = {};
   dladdr(kernel, &symbol);
   const int64_t run = std::min(blocks, int64_t(double(blocks) * share + 0.999));
-  launches.push_back({symbol.dli_sname ? symbol.dli_sname : "?", blocks, threads, shared, run, 0, 0, 0});
+  launches.push_back({symbol.dli_sname ? symbol.dli_sname : "?", blocks, threads, shared, dependent, run, 0, 0, 0});
   first_block = block + 1;
   return run;
 }

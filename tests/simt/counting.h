@@ -7,10 +7,10 @@ namespace simt {
 
 #ifdef SIMT_COUNTING
 // Returns how many of the blocks shall run.
-int64_t start_launch(const void* kernel, int64_t blocks, int threads, int64_t shared);
+int64_t start_launch(const void* kernel, int64_t blocks, int threads, int64_t shared, bool dependent);
 void start_block();
 #else
-inline int64_t start_launch(const void*, int64_t blocks, int, int64_t) { return blocks; }
+inline int64_t start_launch(const void*, int64_t blocks, int, int64_t, bool) { return blocks; }
 inline void start_block() {}
 #endif
 

@@ -18,6 +18,7 @@ class Launch:
     blocks: int
     threads: int
     shared: int
+    dependent: bool
     read: int
     written: int
     from_l2: int  # read, counted once a block
@@ -26,7 +27,10 @@ class Launch:
 class _Launch(ctypes.Structure):
     _fields_ = [
         ("kernel", ctypes.c_char_p),
-        *((n, ctypes.c_int64) for n in ("blocks", "threads", "shared", "run", "read", "written", "from_l2")),
+        *(
+            (n, ctypes.c_int64)
+            for n in ("blocks", "threads", "shared", "dependent", "run", "read", "written", "from_l2")
+        ),
     ]
 
     def whole(self) -> Launch:
@@ -34,7 +38,7 @@ class _Launch(ctypes.Structure):
             return round(sectors * _SECTOR * self.blocks / max(1, self.run))
 
         counts = of_all(self.read), of_all(self.written), of_all(self.from_l2)
-        return Launch(self.kernel.decode(), self.blocks, self.threads, self.shared, *counts)
+        return Launch(self.kernel.decode(), self.blocks, self.threads, self.shared, bool(self.dependent), *counts)
 
 
 def launches(op: str, *args, share: float = 1.0, **kwargs) -> list[Launch]:

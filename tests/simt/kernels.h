@@ -16,16 +16,28 @@
 
 namespace tokred {
 
-// Refuses more shared memory than the device has, as the driver would; 99 KB is the least of any from sm_80 on.
+// As that of launch.h. Refuses more shared memory than the device has, as the driver would; 99 KB is the least of any
+// from sm_80 on.
 struct Launcher {
   int64_t shared_limit = 99 << 10;
+  std::vector<simt::Memory> written = {};  // by the op
+  bool after_ours = false;
 
-  template <typename Kernel, typename... Arguments>
-  void operator()(Kernel kernel, int64_t blocks, int threads, int64_t shared, Arguments... arguments) const {
+  template <typename... Parameters, typename... Arguments>
+  void operator()(void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t shared, Arguments... arguments) {
     if (shared > shared_limit) throw std::runtime_error("a launch with too much shared memory");
-    simt::launch(kernel, blocks, threads, shared, arguments...);
+    if (kWaits<Parameters...> && after_ours)
+      simt::launch_dependent(written, kernel, blocks, threads, shared, arguments...);
+    else
+      simt::launch(kernel, blocks, threads, shared, arguments...);
+    after_ours = true;
   }
 };
+
+template <typename T>
+simt::Memory memory(const T* first, int64_t count) {
+  return {const_cast<T*>(first), size_t(count) * sizeof(T)};
+}
 
 // As cudaMalloc aligns memory: else a count of sectors depends on where malloc found room.
 constexpr std::align_val_t kAlignment{256};
@@ -45,16 +57,20 @@ inline ScratchMemory scratch_memory(int64_t bytes) {
 // Returns the scratch memory, which begins with the edges; none where one block an image does it all.
 inline ScratchMemory emulate_match(const MatchBatch& m, const Device& device) {
   ScratchMemory scratch;
-  launch_match(m, device, Launcher{std::max(device.shared_bytes, Launcher{}.shared_limit)}, [&](int64_t bytes) {
+  Launcher launch{std::max(device.shared_bytes, Launcher{}.shared_limit), {memory(m.assign, m.B * m.N)}};
+  launch_match(m, device, launch, [&](int64_t bytes) {
     scratch = scratch_memory(bytes);
+    launch.written.push_back(memory(scratch.get(), bytes));
     return scratch.get();
   });
   return scratch;
 }
 
 template <typename T>
-void emulate_merge(const MergeBatch& g, bool aligned) {
-  launch_merge<T>(g, aligned, Launcher{});
+void emulate_merge(const MergeBatch& g, bool aligned, bool after_match) {
+  Launcher launch{Launcher{}.shared_limit, {memory(g.assign, g.B * g.N), memory(g.size_out, g.B * g.M)}, after_match};
+  launch.written.push_back(memory(static_cast<const T*>(g.out), g.B * g.M * g.C));
+  launch_merge<T>(g, aligned, launch);
 }
 
 template <typename Word>
@@ -79,7 +95,9 @@ inline void emulate_topk(const TopkBatch& g) { launch_topk(g, Launcher{}); }
 
 template <typename T>
 void emulate_gather(const GatherBatch& g, bool aligned) {
-  launch_topk_gather<T>(g, aligned, Launcher{});
+  Launcher launch{Launcher{}.shared_limit, {memory(g.assign, g.B * g.N)}, true};
+  launch.written.push_back(memory(static_cast<const T*>(g.out), g.B * g.M * g.C));
+  launch_topk_gather<T>(g, aligned, launch);
 }
 
 template <typename T>

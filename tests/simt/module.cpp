@@ -45,14 +45,14 @@ static Tail tail_of(const TailArgs& args) {
 
 static void merge(uintptr_t x, uintptr_t assign, uintptr_t size, uintptr_t weight, uintptr_t out, uintptr_t size_out,
                   int64_t B, int N, int M, int C, int64_t s_b, int64_t s_n, int reduce, int dtype, bool aligned,
-                  const TailArgs& tail) {
+                  bool after_match, const TailArgs& tail) {
   MergeBatch g;
   g.x = pointer<void>(x), g.assign = pointer<int32_t>(assign), g.size = pointer<float>(size);
   g.weight = pointer<float>(weight), g.out = pointer<void>(out), g.size_out = pointer<float>(size_out);
   g.B = B, g.N = N, g.M = M, g.C = C, g.s_b = s_b, g.s_n = s_n, g.reduce = static_cast<Reduction>(reduce);
   with_type(static_cast<Dtype>(dtype), [&](auto zero) {
     using T = decltype(zero);
-    tail ? emulate_merge_norm<T>(g, tail_of(tail), aligned) : emulate_merge<T>(g, aligned);
+    tail ? emulate_merge_norm<T>(g, tail_of(tail), aligned) : emulate_merge<T>(g, aligned, after_match);
   });
 }
 

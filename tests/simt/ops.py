@@ -121,8 +121,9 @@ def add_topk_gather_norm(
 
 
 def merge(
-    x: Tensor, assign: Tensor, m: int, size=None, weight=None, *, reduce: str = "mean", tail=None, seed=0
-) -> tuple[Tensor, ...]:
+    x: Tensor, assign: Tensor, m: int, size=None, weight=None, *, reduce: str = "mean", tail=None,
+    after_match=False, seed=0,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """(out, size_out), and normed with a tail."""
     B, N, C = x.shape
     tail, tail_aligned, normed = _tail(x, m, tail)
@@ -136,7 +137,7 @@ def merge(
         emulator().merge(
             _address(x), _address(assign), _address(size), _address(weight), _address(out.tensor),
             _address(size_out.tensor), B, N, m, C, x.stride(0), x.stride(1), REDUCE.index(reduce),
-            DTYPES.index(x.dtype), aligned and tail_aligned, tail,
+            DTYPES.index(x.dtype), aligned and tail_aligned, after_match, tail,
         )  # fmt: skip
     _alive.clear()
     return out.take(), size_out.take(), *([normed.take()] if normed else [])
@@ -159,10 +160,10 @@ def unmerge(y: Tensor, assign: Tensor, *, seed=0) -> Tensor:
     return x.take()
 
 
-def match_merge(x: Tensor, metric: Tensor, r: int, prefix: int = 1, size: Tensor | None = None, *, seed=0):
+def match_merge(x: Tensor, metric: Tensor, r: int, prefix: int = 1, size: Tensor | None = None, *, device=H200, seed=0):
     N = x.shape[1]
-    assign = match(metric, r, prefix, seed=seed)
-    out, size_out = merge(x, assign, N - _check.clamp_r(r, N, prefix), size, seed=seed)
+    assign = match(metric, r, prefix, device=device, seed=seed)
+    out, size_out = merge(x, assign, N - _check.clamp_r(r, N, prefix), size, after_match=True, seed=seed)
     return out, size_out, assign
 
 

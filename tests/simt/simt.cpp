@@ -3,6 +3,7 @@
 
 #include <ucontext.h>
 
+#include <algorithm>
 #include <memory>
 #include <numeric>
 #include <random>
@@ -38,7 +39,7 @@ constexpr int kWarp = 32;
 constexpr size_t kStack = 256 << 10;
 constexpr int kPoison = 0xCB;
 
-enum class State { kReady, kAtBlockBarrier, kAtWarpBarrier, kDone };
+enum class State { kReady, kAtBlockBarrier, kAtWarpBarrier, kAtLaunchBefore, kDone };
 
 struct Fiber {
   ucontext_t context;
@@ -59,6 +60,8 @@ struct Scheduler {
   Words gathered[1024 / kWarp][kWarp];
   std::unique_ptr<unsigned char[]> shared;
   const std::function<void()>* thread = nullptr;
+  const std::vector<Memory>* dependent = nullptr;
+  std::vector<std::unique_ptr<unsigned char[]>> hidden;  // what is in this memory, until the block waits
   int current = -1;
   std::string error;
   std::mt19937 random;
@@ -69,7 +72,7 @@ struct Scheduler {
 } s;
 
 // What ThreadSanitizer must know of barriers: what a thread did before one happens before what follows it.
-char launched, ended, block_keys, warp_keys[1024 * kWarp];
+char launched, ended, launch_before, block_keys, warp_keys[1024 * kWarp];
 #ifdef SIMT_TSAN
 constexpr unsigned kNoOrder = 1;  // switching is no synchronisation
 void release(void* key) { __tsan_release(key); }
@@ -142,6 +145,39 @@ bool release_block() {
   return true;
 }
 
+// The block begins before the launch before it has run.
+void hide() {
+  for (const Memory& m : *s.dependent) {
+    s.hidden.emplace_back(new unsigned char[m.bytes]);
+    memcpy(s.hidden.back().get(), m.first, m.bytes);
+    memset(m.first, kPoison, m.bytes);
+  }
+}
+
+// That launch has run.
+void reveal() {
+  for (size_t i = 0; i < s.hidden.size(); ++i) {
+    const Memory& m = (*s.dependent)[i];
+    const unsigned char* bytes = static_cast<const unsigned char*>(m.first);
+    if (std::any_of(bytes, bytes + m.bytes, [](unsigned char byte) { return byte != kPoison; }))
+      fail("memory is written before the wait for the launch before");
+    memcpy(m.first, s.hidden[i].get(), m.bytes);
+  }
+  s.hidden.clear();
+  release(&launch_before);
+}
+
+// Lets the threads go on when all of them wait for the launch before.
+bool release_dependent() {
+  int waiting = 0, done = 0;
+  for (const Fiber& f : s.fibers) waiting += f.state == State::kAtLaunchBefore, done += f.state == State::kDone;
+  if (s.hidden.empty() || waiting + done < int(s.fibers.size())) return false;
+  if (done) fail("threads return that did not wait for the launch before");
+  reveal();
+  for (Fiber& f : s.fibers) f.state = State::kReady;
+  return true;
+}
+
 // Lets the lanes of complete warp barriers go on, with what they receive.
 bool release_warps() {
   bool any = false;
@@ -206,6 +242,7 @@ void run_block(int threads, int64_t shared) {
   for (int i = 0; i < threads; ++i) start(i);
   std::vector<int> order(threads);
   std::iota(order.begin(), order.end(), 0);
+  if (s.dependent) hide();
   release(&launched);
   for (int done = 0; done < threads;) {
     bool ran = false;
@@ -216,8 +253,8 @@ void run_block(int threads, int64_t shared) {
       ran = true;
       done += s.fibers[i].state == State::kDone;
     }
-    const bool warps = release_warps(), block = release_block();
-    if (ran || warps || block) continue;
+    const bool warps = release_warps(), block = release_block(), dependent = release_dependent();
+    if (ran || warps || block || dependent) continue;
     for (const Fiber& f : s.fibers)
       if (f.state != State::kDone) fail("deadlock: not every thread reaches " + at(f));
   }
@@ -237,6 +274,9 @@ void seed(unsigned value) {
 unsigned char* shared_memory() { return s.shared.get(); }
 int lane() { return s.current % kWarp; }
 void block_barrier(Site site) { wait(State::kAtBlockBarrier, 0, site, &block_keys); }
+void wait_for_launch_before(Site site) {
+  if (!s.hidden.empty()) wait(State::kAtLaunchBefore, 0, site, &launch_before);
+}
 
 uint64_t exchange(unsigned mask, uint64_t value, int source, Site site) {
   Fiber& f = s.fibers[s.current];
@@ -259,16 +299,17 @@ const Words* gather(const Words& mine, Site site) {
   return s.gathered[s.current / kWarp];
 }
 
-void run(const void* kernel, int64_t blocks, int threads, int64_t shared, const std::function<void()>& thread) {
+void run(const void* kernel, int64_t blocks, int threads, int64_t shared, const std::function<void()>& thread,
+         const std::vector<Memory>* dependent) {
   if (threads % kWarp || threads > 1024) throw std::runtime_error("simt: a block has at most 32 whole warps");
-  s.thread = &thread, s.error.clear();
+  s.thread = &thread, s.dependent = dependent, s.hidden.clear(), s.error.clear();
   s.shared.reset(new unsigned char[size_t(shared)]);
   while (int(s.stacks.size()) < threads) s.stacks.emplace_back(new char[kStack]);
   blockDim.x = unsigned(threads), gridDim.x = unsigned(blocks);
 #ifdef SIMT_TSAN
   s.tsan = __tsan_get_current_fiber();
 #endif
-  const int64_t wanted = start_launch(kernel, blocks, threads, shared);
+  const int64_t wanted = start_launch(kernel, blocks, threads, shared, dependent != nullptr);
   for (int64_t b = 0; b < wanted; ++b) {
     blockIdx.x = unsigned(b);
     start_block();

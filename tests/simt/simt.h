@@ -2,9 +2,13 @@
 // run under sanitizers. A fiber is a CUDA thread; blocks run one after another; fibers switch at barriers, shuffles and
 // ballots only, in an order that a seed permutes.
 //
+// A dependent launch begins before the one before it has run: memory that either writes is poison to a block until all
+// of its threads wait for that launch.
+//
 // Found here: barriers that not every thread reaches, or at different lines; shuffles from lanes outside the mask;
-// shared memory read before it is written (it is poisoned before every block). ThreadSanitizer sees every fiber as a
-// thread, so it finds missing barriers; AddressSanitizer knows the exact bounds of shared memory.
+// shared memory read before it is written (it is poisoned before every block); threads that do not wait for the launch
+// before, or read or write too early. ThreadSanitizer sees every fiber as a thread, so it finds missing barriers;
+// AddressSanitizer knows the exact bounds of shared memory.
 // Not found: races between blocks, weak memory order, bank conflicts, speed.
 #pragma once
 #include <cmath>
@@ -12,6 +16,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <vector>
 
 #define __global__
 #define __device__
@@ -37,7 +42,13 @@ namespace simt {
 
 void seed(unsigned value);  // 0: threads in order
 unsigned char* shared_memory();
-void run(const void* kernel, int64_t blocks, int threads, int64_t shared, const std::function<void()>& thread);
+struct Memory {
+  void* first;
+  size_t bytes;
+};
+// dependent: what this launch and the one before it write; null where it is an ordinary launch.
+void run(const void* kernel, int64_t blocks, int threads, int64_t shared, const std::function<void()>& thread,
+         const std::vector<Memory>* dependent);
 // Memory that counting.cpp shall watch.
 void device_memory(const void* first, size_t bytes);
 
@@ -46,6 +57,7 @@ struct Site {
   int line;
 };
 void block_barrier(Site site);
+void wait_for_launch_before(Site site = {__builtin_FILE(), __builtin_LINE()});
 // Waits for the lanes of the mask at the same site; returns what lane `source` of the warp gave.
 uint64_t exchange(unsigned mask, uint64_t value, int source, Site site);
 // orders: memory too, as __syncwarp does.
@@ -60,7 +72,12 @@ int lane();
 // Throws std::runtime_error where the hardware would hang or be undefined.
 template <typename Kernel, typename... Arguments>
 void launch(Kernel kernel, int64_t blocks, int threads, int64_t shared, Arguments... arguments) {
-  run(reinterpret_cast<const void*>(kernel), blocks, threads, shared, [&] { kernel(arguments...); });
+  run(reinterpret_cast<const void*>(kernel), blocks, threads, shared, [&] { kernel(arguments...); }, nullptr);
+}
+template <typename Kernel, typename... Arguments>
+void launch_dependent(const std::vector<Memory>& written, Kernel kernel, int64_t blocks, int threads, int64_t shared,
+                      Arguments... arguments) {
+  run(reinterpret_cast<const void*>(kernel), blocks, threads, shared, [&] { kernel(arguments...); }, &written);
 }
 
 }  // namespace simt

@@ -15,6 +15,8 @@
 #include <string>
 #include <vector>
 
+#include "text.h"
+
 namespace tokred {
 
 using torch::headeronly::ScalarType;

@@ -61,16 +61,16 @@ static Tensor run(const AttentionArgs& a, void* out) {
 }
 
 std::tuple<Tensor, Tensor> attention_cpu(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& size,
-                                         std::optional<double> scale, std::string scores) {
-  const AttentionArgs a = attention_args("attention", q, k, &v, size, scale, scores);
+                                         std::optional<double> scale, StringHandle scores) {
+  const AttentionArgs a = attention_args("attention", q, k, &v, size, scale, text(scores));
   Tensor out = new_like(q, {a.B, a.Nq, a.H, a.D});
   Tensor emitted = run(a, out.mutable_data_ptr());
   return {torch::stable::transpose(out, 1, 2), emitted};
 }
 
 Tensor attention_scores_cpu(const Tensor& q, const Tensor& k, const OptionalTensor& size, std::optional<double> scale,
-                            std::string scores) {
-  AttentionArgs a = attention_args("attention_scores", q, k, nullptr, size, scale, scores);
+                            StringHandle scores) {
+  AttentionArgs a = attention_args("attention_scores", q, k, nullptr, size, scale, text(scores));
   if (a.scores == Scores::kCls) a.Nq = std::min<int64_t>(a.Nq, 1);
   return run(a, nullptr);
 }
@@ -79,8 +79,8 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward_cpu(const OptionalTensor& 
                                                           const OptionalTensor& grad_scores, const Tensor& q,
                                                           const Tensor& k, const Tensor& v, const Tensor& out,
                                                           const OptionalTensor& size, std::optional<double> scale,
-                                                          std::string scores) {
-  const AttentionArgs a = attention_args("attention_backward", q, k, &v, size, scale, scores);
+                                                          StringHandle scores) {
+  const AttentionArgs a = attention_args("attention_backward", q, k, &v, size, scale, text(scores));
   check_attention_grads(a, q, grad_out, grad_scores, out);
   Tensor grad_q = new_like(q, {a.B, a.Nq, a.H, a.D});
   Tensor grad_k = new_like(q, {a.B, a.N, a.H, a.D}), grad_v = new_like(q, {a.B, a.N, a.H, a.D});

@@ -64,8 +64,9 @@ Tensor nearest_cpu(const Tensor& distance, const Tensor& centres, bool pin) {
 }
 
 Tensor medoids_cpu(const Tensor& distance, const Tensor& label, const Tensor& centres, const Tensor& weight,
-                   std::string update) {
-  check_medoids(distance, label, centres, weight, update);
+                   StringHandle update) {
+  const std::string how = text(update);
+  check_medoids(distance, label, centres, weight, how);
   const DistanceArgs args = distance_args(distance);
   const Tensor labels = as_contiguous(label), before = as_contiguous(centres);
   const Tensor weights = *per_token(weight, wide(distance.scalar_type()));
@@ -77,7 +78,7 @@ Tensor medoids_cpu(const Tensor& distance, const Tensor& label, const Tensor& ce
   int32_t* chosen = static_cast<int32_t*>(out.mutable_data_ptr());
   for_each_image(args.B, [&](int64_t b) {
     isa().medoids({distance_view(args, b), cluster + b * args.N, centre + b * K, element(weights, b * args.N),
-                   chosen + b * K, K, update == "textbook"});
+                   chosen + b * K, K, how == "textbook"});
   });
   return out;
 }

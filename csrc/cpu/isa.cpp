@@ -8,6 +8,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "../text.h"
+
 namespace tokred {
 
 namespace portable {
@@ -45,7 +47,8 @@ std::atomic<const Isa*>& selected() {
   return value;
 }
 
-std::string cpu_isa(std::string name) {
+std::string cpu_isa(StringHandle wanted) {
+  const std::string name = text(wanted);
   if (name.empty()) return isa().name;
   for (const Isa* one : kAll)
     if (name == one->name && one->supported()) {

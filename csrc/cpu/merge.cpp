@@ -81,9 +81,9 @@ Tensor match_cpu(const Tensor& metric, int64_t r, int64_t prefix, const Optional
 }
 
 std::tuple<Tensor, Tensor> merge_cpu(const Tensor& x, const Tensor& assign, int64_t m, const OptionalTensor& size,
-                                     const OptionalTensor& weight, std::string reduce) {
+                                     const OptionalTensor& weight, StringHandle reduce) {
+  const Reduce how = parse_reduce(text(reduce));
   const MergeArgs args = merge_args("merge", x, assign, m, size, weight);
-  const Reduce how = parse_reduce(reduce);
   const int32_t* rows = static_cast<const int32_t*>(args.assign.const_data_ptr());
   if (debug()) check_assign_values("merge", rows, args.B * args.N, m);
   Tensor out = new_like(x, {args.B, m, args.C}), size_out = new_wide(x, {args.B, m});

@@ -51,8 +51,8 @@ Tensor topk_cpu(const Tensor& score, int64_t k, int64_t prefix, bool fuse) {
 }
 
 std::tuple<Tensor, Tensor> topk_gather_cpu(const Tensor& x, const Tensor& score, int64_t k, int64_t prefix,
-                                           std::string fuse) {
-  const TopkGatherArgs args = topk_gather_args("topk_gather", x, score, k, prefix, fuse);
+                                           StringHandle fuse) {
+  const TopkGatherArgs args = topk_gather_args("topk_gather", x, score, k, prefix, text(fuse));
   const TopkArgs& topk = args.topk;
   Tensor out = new_like(x, {topk.B, topk.M, args.C}), assign = new_int32(x, {topk.B, topk.N});
   const TopkGatherImages images(args, assign, out);
@@ -64,10 +64,10 @@ std::tuple<Tensor, Tensor, Tensor> add_topk_gather_norm_cpu(const Tensor& x, con
                                                             int64_t k, const OptionalTensor& norm_weight,
                                                             const OptionalTensor& norm_bias, int64_t prefix,
                                                             const OptionalTensor& branch_scale,
-                                                            const OptionalTensor& branch_bias, std::string fuse,
+                                                            const OptionalTensor& branch_bias, StringHandle fuse,
                                                             double eps) {
   const char* op = "add_topk_gather_norm";
-  const TopkGatherArgs args = topk_gather_args(op, x, score, k, prefix, fuse);
+  const TopkGatherArgs args = topk_gather_args(op, x, score, k, prefix, text(fuse));
   const NormArgs norm = norm_args(op, x, branch, norm_weight, norm_bias, branch_scale, branch_bias, eps);
   const TopkArgs& topk = args.topk;
   Tensor out = new_like(x, {topk.B, topk.M, args.C}), assign = new_int32(x, {topk.B, topk.N});

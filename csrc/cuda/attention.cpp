@@ -29,9 +29,9 @@ static void attend(const char* op, const AttentionArgs& args, const Tensor* out,
 }
 
 std::tuple<Tensor, Tensor> attention_cuda(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& size,
-                                          std::optional<double> scale, std::string scores) {
+                                          std::optional<double> scale, StringHandle scores) {
   const DeviceGuard guard(q.get_device_index());
-  const AttentionArgs args = attention_args("attention", q, k, &v, size, scale, scores);
+  const AttentionArgs args = attention_args("attention", q, k, &v, size, scale, text(scores));
   Tensor out = torch::stable::new_empty(q, {args.B, args.Nq, args.H, args.D});
   Tensor emitted = torch::stable::new_empty(q, {args.B, args.scores == Scores::kNone ? 0 : args.N}, ScalarType::Float);
   attend("attention", args, &out, emitted);
@@ -39,9 +39,9 @@ std::tuple<Tensor, Tensor> attention_cuda(const Tensor& q, const Tensor& k, cons
 }
 
 Tensor attention_scores_cuda(const Tensor& q, const Tensor& k, const OptionalTensor& size, std::optional<double> scale,
-                             std::string scores) {
+                             StringHandle scores) {
   const DeviceGuard guard(q.get_device_index());
-  const AttentionArgs args = attention_args("attention_scores", q, k, nullptr, size, scale, scores);
+  const AttentionArgs args = attention_args("attention_scores", q, k, nullptr, size, scale, text(scores));
   Tensor emitted = torch::stable::new_empty(q, {args.B, args.N}, ScalarType::Float);
   attend("attention_scores", args, nullptr, emitted);
   return emitted;

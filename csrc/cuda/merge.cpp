@@ -55,10 +55,10 @@ static void merge_into(const char* op, const MergeArgs& args, Reduce reduce, con
 }
 
 std::tuple<Tensor, Tensor> merge_cuda(const Tensor& x, const Tensor& assign, int64_t m, const OptionalTensor& size,
-                                      const OptionalTensor& weight, std::string reduce) {
+                                      const OptionalTensor& weight, StringHandle reduce) {
   const DeviceGuard guard(x.get_device_index());
+  const Reduce how = parse_reduce(text(reduce));
   const MergeArgs args = merge_args("merge", x, assign, m, size, weight);
-  const Reduce how = parse_reduce(reduce);
   debug_assign_values("merge", args.assign, m);
   Tensor out = torch::stable::new_empty(x, {args.B, m, args.C});
   Tensor size_out = torch::stable::new_empty(x, {args.B, m}, ScalarType::Float);

@@ -43,10 +43,10 @@ static void gather_into(const char* op, const TopkGatherArgs& args, const Tensor
 }
 
 std::tuple<Tensor, Tensor> topk_gather_cuda(const Tensor& x, const Tensor& score, int64_t k, int64_t prefix,
-                                            std::string fuse) {
+                                            StringHandle fuse) {
   const DeviceGuard guard(x.get_device_index());
   const char* op = "topk_gather";
-  const TopkGatherArgs args = topk_gather_args(op, x, score, k, prefix, fuse);
+  const TopkGatherArgs args = topk_gather_args(op, x, score, k, prefix, text(fuse));
   Tensor assign = new_int32(x, {args.topk.B, args.topk.N});
   Tensor out = torch::stable::new_empty(x, {args.topk.B, args.topk.M, args.C});
   topk_into(op, args.topk, assign);
@@ -67,11 +67,11 @@ std::tuple<Tensor, Tensor, Tensor> add_topk_gather_norm_cuda(const Tensor& x, co
                                                              int64_t k, const OptionalTensor& norm_weight,
                                                              const OptionalTensor& norm_bias, int64_t prefix,
                                                              const OptionalTensor& branch_scale,
-                                                             const OptionalTensor& branch_bias, std::string fuse,
+                                                             const OptionalTensor& branch_bias, StringHandle fuse,
                                                              double eps) {
   const DeviceGuard guard(x.get_device_index());
   const char* op = "add_topk_gather_norm";
-  const TopkGatherArgs args = topk_gather_args(op, x, score, k, prefix, fuse);
+  const TopkGatherArgs args = topk_gather_args(op, x, score, k, prefix, text(fuse));
   const NormArgs norm = norm_args(op, x, branch, norm_weight, norm_bias, branch_scale, branch_bias, eps);
   Tensor assign = new_int32(x, {args.topk.B, args.topk.N});
   Tensor out = torch::stable::new_empty(x, {args.topk.B, args.topk.M, args.C});

@@ -1,8 +1,8 @@
 // What attention multiplies: rows staged in shared memory, the logits of 16 queries and 16 keys, p v.
 //
 // A warp owns 16 query rows. Its 16 x 16 logits are two accumulators of the tensor cores (mma.cuh): lane 4 g + t holds
-// rows g and g + 8 of the columns 2t, 2t + 1, 8 + 2t and 9 + 2t. float32 has the same layout but multiplies by FMA, so
-// that everything between the two products is written once.
+// rows g and g + 8 of the columns 2t, 2t + 1, 8 + 2t and 9 + 2t, in float32 too, so that everything between the two
+// products is written once.
 //
 // Masking costs one fminf a logit. The cap of a masked or absent key is -inf, which fminf prefers to a NaN too; of any
 // other +inf, which turns a NaN logit into one that makes its row NaN all the same.
@@ -195,56 +195,86 @@ class RowTile {
   unsigned rows_[kWidth / 16][4];
 };
 
-// The same by FMA; a row is read four elements at a time by the lanes that need it.
+// A float as two of TF32, whose sum lacks at most its last bit.
+struct Split {
+  unsigned large[4], small[4];
+  __device__ __forceinline__ explicit Split(const float (&x)[4]) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      large[e] = round_tf32(x[e]);
+      small[e] = round_tf32(x[e] - __uint_as_float(large[e]));
+    }
+  }
+};
+
+// The same for float32 by three products of TF32; the fourth is at most 2^-22 of what it belongs to. The two small ones
+// are added up apart: beside an infinity they are NaN or of any sign. p v is added up outside of the tensor cores,
+// which may cut off where floats round.
 template <int kWidth>
 class RowTile<float, kWidth> {
  public:
   static constexpr int kPitch = kRowPitch<float, kWidth>;
 
-  __device__ __forceinline__ explicit RowTile(const float* rows) : rows_(rows + threadIdx.x % kWarp / 4 * kPitch) {}
+  __device__ __forceinline__ explicit RowTile(const float* rows)
+      : rows_(rows + threadIdx.x % 16 * kPitch + threadIdx.x % kWarp / 16 * 4) {}
 
   __device__ __forceinline__ void logits(const float* others, float (&s)[2][4]) const {
-    others += threadIdx.x % 4 * 2 * kPitch;
+    const int lane = threadIdx.x % kWarp;
+    others += (lane % 8 + lane / 16 * 8) * kPitch + lane / 8 % 2 * 4;
+    float small[2][4] = {};
 #pragma unroll
     for (int e = 0; e < 4; ++e) s[0][e] = s[1][e] = 0;
 #pragma unroll 2
-    for (int d = 0; d < kWidth; d += 4) {
-      const Pack<float, 4> row[2] = {at(rows_ + d), at(rows_ + 8 * kPitch + d)};
+    for (int d = 0; d < kWidth; d += 8) {
+      const Split row(load(rows_ + d)), other(load(others + d));
 #pragma unroll
-      for (int c = 0; c < 4; ++c) {
-        const Pack<float, 4> other = at(others + (c / 2 * 8 + c % 2) * kPitch + d);
-#pragma unroll
-        for (int r = 0; r < 2; ++r)
-#pragma unroll
-          for (int e = 0; e < 4; ++e) s[c / 2][2 * r + c % 2] = fmaf(row[r].e[e], other.e[e], s[c / 2][2 * r + c % 2]);
+      for (int n = 0; n < 2; ++n) {
+        multiply_add<float>(small[n], row.small, other.large[2 * n], other.large[2 * n + 1]);
+        multiply_add<float>(small[n], row.large, other.small[2 * n], other.small[2 * n + 1]);
+        multiply_add<float>(s[n], row.large, other.large[2 * n], other.large[2 * n + 1]);
       }
     }
+#pragma unroll
+    for (int e = 0; e < 8; ++e) s[e / 4][e % 4] += finite(small[e / 4][e % 4]);
   }
 
+  // Key 2t is the product's t, key 2t + 1 its t + 4: p is where it must be.
   __device__ __forceinline__ static void add_values(const float (&p)[2][4], const float* values,
                                                     float (&out)[kWidth / 8][4]) {
     const int lane = threadIdx.x % kWarp;
-    values += lane % 4 * 2;
+    values += lane % 4 * 2 * kPitch + lane / 4;
+    const Split of_keys[2] = {Split({p[0][0], p[0][2], p[0][1], p[0][3]}), Split({p[1][0], p[1][2], p[1][1], p[1][3]})};
 #pragma unroll
-    for (int key = 0; key < kKeyTile; ++key) {
-      const int from = lane / 4 * 4 + key % 8 / 2;  // the lane with this key's column
-      const float low = __shfl_sync(kAllLanes, p[key / 8][key % 2], from);
-      const float high = __shfl_sync(kAllLanes, p[key / 8][2 + key % 2], from);
+    for (int d = 0; d < kWidth / 8; ++d) {
+      const float* v = values + 8 * d;
+      const Split value({v[0], v[kPitch], v[8 * kPitch], v[9 * kPitch]});
+      float sum[4] = {};
 #pragma unroll
-      for (int d = 0; d < kWidth / 8; ++d) {
-        const Pack<float, 2> v = *reinterpret_cast<const Pack<float, 2>*>(values + key * kPitch + 8 * d);
-#pragma unroll
-        for (int e = 0; e < 4; ++e) out[d][e] = fmaf(e < 2 ? low : high, v.e[e % 2], out[d][e]);
+      for (int h = 0; h < 2; ++h) {
+        multiply_add<float>(sum, of_keys[h].small, value.large[2 * h], value.large[2 * h + 1]);
+        multiply_add<float>(sum, of_keys[h].large, value.small[2 * h], value.small[2 * h + 1]);
       }
+#pragma unroll
+      for (int e = 0; e < 4; ++e) sum[e] = finite(sum[e]);
+#pragma unroll
+      for (int h = 0; h < 2; ++h)
+        multiply_add<float>(sum, of_keys[h].large, value.large[2 * h], value.large[2 * h + 1]);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) out[d][e] += sum[e];
     }
   }
 
  private:
   const float* rows_;
 
-  __device__ __forceinline__ static const Pack<float, 4>& at(const float* from) {
-    return *reinterpret_cast<const Pack<float, 4>*>(from);
+  __device__ __forceinline__ static Split load(const float* at) {
+    unsigned word[4];
+    load_matrices<false>(at, word);
+    return Split(
+        {__uint_as_float(word[0]), __uint_as_float(word[1]), __uint_as_float(word[2]), __uint_as_float(word[3])});
   }
+
+  __device__ __forceinline__ static float finite(float x) { return fabsf(x) < INFINITY ? x : 0; }
 };
 
 }  // namespace tokred

@@ -1,10 +1,14 @@
-// What a warp multiplies with: tensor core products m16n8k16 of half-precision tiles in shared memory, float32 sums.
+// What a warp multiplies with: tensor core products m16n8k16 of half-precision tiles in shared memory, float32 sums;
+// and m16n8k8 of TF32, floats of 10 bits.
 //
 // Lane 4 g + t holds of
 //   a, 16 x 16, four words:   rows g, g + 8, g, g + 8; columns 2t, 2t + 1, the last two words 8 columns on
 //   b, 16 x 8, two words:     rows 2t, 2t + 1, then 8 rows on; column g
 //   c, 16 x 8, four floats:   row g, columns 2t and 2t + 1; then row g + 8
-// so that the c of two neighbouring tiles, rounded, is an a: q k^T feeds p v without leaving the registers.
+// so that the c of two neighbouring tiles, rounded, is an a: q k^T feeds p v without leaving the registers. Of TF32
+//   a, 16 x 8, four words:    rows g, g + 8, g, g + 8; column t, the last two words 4 columns on
+//   b, 8 x 8, two words:      row t, then t + 4; column g
+// and the 16 bytes of a row of load_matrices are four of them.
 #pragma once
 #include <type_traits>
 
@@ -33,19 +37,23 @@ __device__ __forceinline__ void load_matrices(const T* row, unsigned (&m)[4]) {
                  : "memory");
 }
 
-#define TOKRED_MMA(type)                                 \
-  "mma.sync.aligned.m16n8k16.row.col.f32." type "." type \
+#define TOKRED_MMA(shape, type)                           \
+  "mma.sync.aligned." shape ".row.col.f32." type "." type \
   ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
 
-// c += a b; T says what the words hold.
+// c += a b; T says what the words hold, float those of round_tf32.
 template <typename T>
 __device__ __forceinline__ void multiply_add(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
-  if constexpr (std::is_same_v<T, __half>)
-    asm(TOKRED_MMA("f16")
+  if constexpr (std::is_same_v<T, float>)
+    asm(TOKRED_MMA("m16n8k8", "tf32")
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  else if constexpr (std::is_same_v<T, __half>)
+    asm(TOKRED_MMA("m16n8k16", "f16")
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
   else
-    asm(TOKRED_MMA("bf16")
+    asm(TOKRED_MMA("m16n8k16", "bf16")
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
@@ -59,6 +67,13 @@ __device__ __forceinline__ unsigned round_pair(float low, float high) {
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
   else
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  return word;
+}
+
+// To the nearest, halves away from zero.
+__device__ __forceinline__ unsigned round_tf32(float x) {
+  unsigned word;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(word) : "f"(x));
   return word;
 }
 

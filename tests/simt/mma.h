@@ -1,5 +1,6 @@
 // Stands in for the hardware behind csrc/cuda/mma.cuh: the lanes hand their words to each other. Products are exact,
-// their sum is a double rounded once; how tensor cores round theirs is not documented.
+// their sum is a double, of which a float's bits are kept: how tensor cores round is not documented, and the nearest
+// float would flatter them.
 #pragma once
 #include <cmath>
 #include <stdexcept>
@@ -15,11 +16,17 @@ constexpr bool kOnlyCounts = false;
 #endif
 
 template <typename T>
-T half_of(unsigned word, int i) {
-  const uint16_t bits = uint16_t(word >> 16 * i);
-  T value;
-  memcpy(&value, &bits, sizeof value);
-  return value;
+float element_of(unsigned word, int i) {
+  if constexpr (sizeof(T) == 2) {
+    const uint16_t bits = uint16_t(word >> 16 * i);
+    T value;
+    memcpy(&value, &bits, sizeof value);
+    return to_float(value);
+  } else {
+    const float value = __uint_as_float(word);
+    if (value == value && word % 8192) throw std::runtime_error("simt: a word that is not rounded to TF32");
+    return value;
+  }
 }
 
 // A lane reads the row whose address it gives, so that ThreadSanitizer knows who did.
@@ -42,21 +49,27 @@ void load_matrices(const T* row, unsigned (&m)[4], const char* file = __builtin_
   }
 }
 
+inline float cut_off(double x) {
+  const float nearest = float(x);
+  return std::fabs(nearest) < INFINITY && std::fabs(nearest) > std::fabs(x) ? nextafterf(nearest, 0) : nearest;
+}
+
 template <typename T>
 void multiply_add(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, const char* file = __builtin_FILE(),
                   int line = __builtin_LINE()) {
   if (kOnlyCounts) return;
   const simt::Words* all = simt::gather({{a[0], a[1], a[2], a[3], b0, b1}}, {file, line});
   const int g = simt::lane() / 4, t = simt::lane() % 4;
+  constexpr int kEach = 4 / sizeof(T), kDeep = 8 * kEach;  // elements of a word, of a row
   for (int i = 0; i < 4; ++i) {
     const int column = 2 * t + i % 2;
     double sum = c[i];
-    for (int k = 0; k < 16; ++k) {
-      const int from = k % 8 / 2;
-      const unsigned left = all[4 * g + from].word[i / 2 + k / 8 * 2], right = all[4 * column + from].word[4 + k / 8];
-      sum += double(to_float(half_of<T>(left, k % 2))) * double(to_float(half_of<T>(right, k % 2)));
+    for (int k = 0; k < kDeep; ++k) {
+      const int from = k % (kDeep / 2) / kEach, half = k / (kDeep / 2);
+      const unsigned left = all[4 * g + from].word[i / 2 + half * 2], right = all[4 * column + from].word[4 + half];
+      sum += double(element_of<T>(left, k % kEach)) * double(element_of<T>(right, k % kEach));
     }
-    c[i] = float(sum);
+    c[i] = cut_off(sum);
   }
 }
 
@@ -67,6 +80,11 @@ unsigned round_pair(float low, float high) {
   unsigned word;
   memcpy(&word, pair, sizeof word);
   return word;
+}
+
+inline unsigned round_tf32(float x) {
+  if (!(std::fabs(x) < INFINITY)) return __float_as_uint(x);
+  return (__float_as_uint(x) + 4096) & ~8191u;
 }
 
 inline float fast_exp2(float x) { return exp2f(x); }

@@ -29,9 +29,9 @@
 //   <*, 64, 4>, eight warps              125              2           38 KB
 //   <*, 80 and 96, 4>              138 - 148              3   34 and 40 KB
 //   <*, 128, 4>                          174              2           52 KB
-//   <float, 32 and 64, 2>          118 - 127              4   19 and 35 KB
-//   <float, 80 and 96, 2>                167              3   43 and 51 KB
-//   <float, 128, 2>                      207              2           67 KB
+//   <float, 32 and 64, 2>          111 - 128              4   19 and 35 KB
+//   <float, 80 and 96, 2>          155 - 166              3   43 and 51 KB
+//   <float, 128, 2>                      200              2           67 KB
 #pragma once
 #include <algorithm>
 

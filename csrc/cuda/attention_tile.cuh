@@ -195,19 +195,20 @@ class RowTile {
   unsigned rows_[kWidth / 16][4];
 };
 
-// A float as two of TF32, whose sum lacks at most its last bit.
+// A float as two of TF32, 22 of its 24 bits: the first cut off, the second rounded. By integers: cvt.rna.tf32 takes
+// three instructions. Adding to the bits may make a zero of NaN, which the large part still is.
 struct Split {
   unsigned large[4], small[4];
   __device__ __forceinline__ explicit Split(const float (&x)[4]) {
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
-      large[e] = round_tf32(x[e]);
-      small[e] = round_tf32(x[e] - __uint_as_float(large[e]));
+      large[e] = __float_as_uint(x[e]) & kTf32;
+      small[e] = (__float_as_uint(x[e] - __uint_as_float(large[e])) + (~kTf32 + 1) / 2) & kTf32;
     }
   }
 };
 
-// The same for float32 by three products of TF32; the fourth is at most 2^-22 of what it belongs to. The two small ones
+// The same for float32 by three products of TF32; the fourth is at most 2^-20 of what it belongs to. The two small ones
 // are added up apart: beside an infinity they are NaN or of any sign. p v is added up outside of the tensor cores,
 // which may cut off where floats round.
 template <int kWidth>

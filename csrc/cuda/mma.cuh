@@ -19,6 +19,8 @@
 
 namespace tokred {
 
+constexpr unsigned kTf32 = 0xffffe000;  // the bits of a float that TF32 has
+
 #ifdef __CUDACC__
 
 // Four 8 x 8 matrices; lane 8 i + r gives the address of row r of matrix i. kTransposed: as columns.
@@ -41,7 +43,7 @@ __device__ __forceinline__ void load_matrices(const T* row, unsigned (&m)[4]) {
   "mma.sync.aligned." shape ".row.col.f32." type "." type \
   ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
 
-// c += a b; T says what the words hold, float those of round_tf32.
+// c += a b; T says what the words hold, float TF32.
 template <typename T>
 __device__ __forceinline__ void multiply_add(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
   if constexpr (std::is_same_v<T, float>)
@@ -67,13 +69,6 @@ __device__ __forceinline__ unsigned round_pair(float low, float high) {
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
   else
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
-  return word;
-}
-
-// To the nearest, halves away from zero.
-__device__ __forceinline__ unsigned round_tf32(float x) {
-  unsigned word;
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(word) : "f"(x));
   return word;
 }
 

@@ -23,9 +23,8 @@ float element_of(unsigned word, int i) {
     memcpy(&value, &bits, sizeof value);
     return to_float(value);
   } else {
-    const float value = __uint_as_float(word);
-    if (value == value && word % 8192) throw std::runtime_error("simt: a word that is not rounded to TF32");
-    return value;
+    if (word % 8192) throw std::runtime_error("simt: a word that is not TF32");
+    return __uint_as_float(word);
   }
 }
 
@@ -80,11 +79,6 @@ unsigned round_pair(float low, float high) {
   unsigned word;
   memcpy(&word, pair, sizeof word);
   return word;
-}
-
-inline unsigned round_tf32(float x) {
-  if (!(std::fabs(x) < INFINITY)) return __float_as_uint(x);
-  return (__float_as_uint(x) + 4096) & ~8191u;
 }
 
 inline float fast_exp2(float x) { return exp2f(x); }

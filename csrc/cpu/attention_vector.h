@@ -80,15 +80,19 @@ class VectorProducts {
   template <int kVectors>
   __attribute__((always_inline)) inline void logit_rows(int64_t j, int64_t rows, Vec<T> factor, T* logits,
                                                         Vec<T> (&m)[kVectors]) const {
-    Vec<T> s[kKeyRows][kVectors] = {};
+    Vec<T> s[kKeyRows][kVectors] = {}, most[kVectors];  // in registers: m might be where the logits go
     multiply(s, D_, keys_ + j * Dp_, Dp_, 1, queries_, kTile);
+#pragma GCC unroll 16
+    for (int u = 0; u < kVectors; ++u) most[u] = m[u];
 #pragma GCC unroll 16
     for (int t = 0; t < kKeyRows; ++t)
 #pragma GCC unroll 16
       for (int u = 0; u < kVectors; ++u) {
         store(logits + (j + t) * kTile + u * W, s[t][u]);
-        if (t < rows) m[u] = maximum(s[t][u] * factor, m[u]);
+        if (t < rows) most[u] = maximum(s[t][u] * factor, most[u]);
       }
+#pragma GCC unroll 16
+    for (int u = 0; u < kVectors; ++u) m[u] = most[u];
   }
   template <int kVectors, class Sink>
   __attribute__((always_inline)) inline void value_rows(int64_t n, const T* mass, int64_t d, int64_t t, int64_t count,

@@ -6,8 +6,7 @@
 //   resident  all keys are one chunk, read once for every query row of the head. p is exact before it is used, so the
 //             CLS row and the column sums (in registers, then over the warps in order) cost no further pass.
 //   streamed  chunks of 64 keys (float32: 32) with a running maximum and sum; a block has 128 query rows (64 where
-//   heads
-//             are wider than 64 or float32) and finds the keys of its head in L2. The CLS row waits in memory as
+//             heads are wider than 64 or float32) and finds the keys of its head in L2. The CLS row waits in memory as
 //             logits; the column sums need the logits of a block's rows once more, when their maximum and sum are
 //             known.
 // p is rounded to the inputs' dtype for p v alone, when it is already normalised: sizes of 1e6 do not overflow float16.

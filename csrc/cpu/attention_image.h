@@ -17,9 +17,9 @@
 // cache.
 //
 // Floor at N = 197, H = 6, D = 64, float32: 59.6 MFLOP, 242 us of one core at 246 GFLOP/s, 262 with the last tiles
-// padded; 233,000 exponentials, 35 us; 605 KB of q, k, v, out. The loop of multiply alone, all in the first-level cache,
-// runs at 180 to 196 GFLOP/s. Reached with AVX-512: 438 us, the products at 175 to 184; torch's SDPA without sizes 595
-// (MKL's products run at 155 to 183 there).
+// padded; 233,000 exponentials, 35 us; 605 KB of q, k, v, out. The loop of multiply alone, all in the first-level
+// cache, runs at 180 to 196 GFLOP/s. Reached with AVX-512: 438 us, the products at 175 to 184; torch's SDPA without
+// sizes 595 (MKL's products run at 155 to 183 there).
 
 // Rows of E [D] to the wide type, padded with 0 to Dp.
 template <class E>

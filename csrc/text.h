@@ -1,5 +1,5 @@
 // A str argument of an op: as StringHandle, read by text(). Declared as std::string it would come by torch's own
-// conversion, which in torch 2.10 to 2.13 leaves a copy behind in every call: 48 bytes that are never freed, and
+// conversion, which in torch 2.11 and 2.13 leaves a copy behind in every call: 48 bytes that are never freed, and
 // between the large blocks that come and go they keep glibc from putting those together again, so that the heap grows
 // by whole tensors.
 #pragma once

@@ -13,26 +13,22 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
-#include <vector>
 
+#include "empty.h"
 #include "text.h"
 
 namespace tokred {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-inline std::string show(const std::vector<int64_t>& sizes) {
-  std::string text = "[";
-  for (size_t i = 0; i < sizes.size(); ++i) text += (i ? ", " : "") + std::to_string(sizes[i]);
-  return text + "]";
+template <class Sizes>
+std::string show(const Sizes& sizes) {
+  std::string text;
+  for (int64_t size : sizes) text += (text.empty() ? "" : ", ") + std::to_string(size);
+  return "[" + text + "]";
 }
 
-inline std::string show_shape(const Tensor& t) {
-  auto sizes = t.sizes();
-  return show(std::vector<int64_t>(sizes.begin(), sizes.end()));
-}
+inline std::string show_shape(const Tensor& t) { return show(t.sizes()); }
 
 inline std::string show_dtype(ScalarType dtype) {
   switch (dtype) {
@@ -68,10 +64,9 @@ inline void check_floating(const char* op, const char* argument, const Tensor& t
     fail(op, argument, "float32, float16 or bfloat16 on a CUDA device", "float64");
 }
 
-inline void check_shape(const char* op, const char* argument, const Tensor& t, const char* letters,
-                        const std::vector<int64_t>& shape) {
-  auto sizes = t.sizes();
-  if (sizes.size() != shape.size() || !std::equal(shape.begin(), shape.end(), sizes.begin()))
+inline void check_shape(const char* op, const char* argument, const Tensor& t, const char* letters, Shape shape) {
+  const auto sizes = t.sizes();
+  if (!std::equal(shape.begin(), shape.end(), sizes.begin(), sizes.end()))
     fail(op, argument, std::string(letters) + " = " + show(shape), show_shape(t));
 }
 
@@ -93,17 +88,16 @@ inline void check_per_token(const char* op, const char* argument, const Optional
 }
 
 // assign, label, centres: int32.
-inline void check_rows(const char* op, const char* argument, const Tensor& t, const std::string& letters,
-                       const std::vector<int64_t>& shape, const Tensor& x) {
-  const std::string expected = "int32 " + letters;
+inline void check_rows(const char* op, const char* argument, const Tensor& t, const char* letters, Shape shape,
+                       const Tensor& x) {
   if (t.scalar_type() != ScalarType::Int)
-    fail(op, argument, expected + " = " + show(shape), show_dtype(t.scalar_type()) + " " + show_shape(t));
-  check_shape(op, argument, t, expected.c_str(), shape);
+    fail(op, argument, letters + (" = " + show(shape)), show_dtype(t.scalar_type()) + " " + show_shape(t));
+  check_shape(op, argument, t, letters, shape);
   check_device(op, argument, t, x);
 }
 
 inline void check_assign(const char* op, const Tensor& assign, int64_t B, int64_t N, const Tensor& x) {
-  check_rows(op, "assign", assign, "[B, N]", {B, N}, x);
+  check_rows(op, "assign", assign, "int32 [B, N]", {B, N}, x);
 }
 
 inline void check_rank3(const char* op, const char* argument, const Tensor& t, const char* letters) {
@@ -135,9 +129,9 @@ inline OptionalTensor per_token(const OptionalTensor& t, ScalarType dtype) {
   return as_contiguous(t->scalar_type() == dtype ? *t : torch::stable::to(*t, dtype));
 }
 
-inline Tensor new_int32(const Tensor& like, std::vector<int64_t> shape) {
-  return torch::stable::new_empty(like, shape, ScalarType::Int);
-}
+inline Tensor new_int32(const Tensor& like, Shape shape) { return empty(like, shape, ScalarType::Int); }
+inline Tensor new_like(const Tensor& x, Shape shape) { return empty(x, shape, x.scalar_type()); }
+inline Tensor new_wide(const Tensor& x, Shape shape) { return empty(x, shape, wide(x.scalar_type())); }
 
 struct MatchArgs {
   Tensor metric;          // [B, H, N, D] or [B, N, D] with H = 1

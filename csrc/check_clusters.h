@@ -45,7 +45,7 @@ inline void check_separation(const Tensor& distance, const Tensor& density) {
 
 inline void check_centres(const char* op, const Tensor& centres, const Tensor& distance) {
   if (centres.dim() != 2) fail(op, "centres", "int32 [B, K]", show_shape(centres));
-  check_rows(op, "centres", centres, "[B, K]", {distance.size(0), centres.size(1)}, distance);
+  check_rows(op, "centres", centres, "int32 [B, K]", {distance.size(0), centres.size(1)}, distance);
 }
 
 inline void check_nearest(const Tensor& distance, const Tensor& centres) {
@@ -58,7 +58,7 @@ inline void check_medoids(const Tensor& distance, const Tensor& label, const Ten
   const char* op = "medoids";
   check_distance(op, distance);
   const int64_t B = distance.size(0), N = distance.size(1);
-  check_rows(op, "label", label, "[B, N]", {B, N}, distance);
+  check_rows(op, "label", label, "int32 [B, N]", {B, N}, distance);
   check_centres(op, centres, distance);
   check_per_token(op, "weight", weight, B, N, distance);
   if (update != "textbook" && update != "wttu") fail(op, "update", "\"textbook\" or \"wttu\"", "\"" + update + "\"");

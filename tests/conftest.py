@@ -9,6 +9,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 # Two workers of two threads on two cores: threads that spin while they wait make the tests five times as slow.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("TOKRED_POISON", "1")  # read once, by the first call of a CPU kernel
 if "PYTEST_XDIST_WORKER" in os.environ:  # each worker would start a compiler for every core
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
@@ -64,7 +65,8 @@ def gigabytes():
 
 @pytest.fixture
 def poisoned(monkeypatch):
-    """Uninitialised memory is NaN (floating) or the largest value (integer): an unwritten output shows."""
+    """Uninitialised memory of torch's is NaN (floating) or the largest value (integer): an unwritten output shows.
+    Outputs of our CPU kernels begin so in all tests, by TOKRED_POISON."""
     torch.use_deterministic_algorithms(True)
     before = torch.utils.deterministic.fill_uninitialized_memory
     torch.utils.deterministic.fill_uninitialized_memory = True

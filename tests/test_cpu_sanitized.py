@@ -75,6 +75,7 @@ def run(tmp_path_factory):
 PLANTED = [
     ("match_image.h", "na_pad = round_up(na, W)", "na_pad = na"),
     ("attention_vector.h", "return round_up(keys, kKeyRows);", "return keys;"),
+    ("merge_image.h", "memset(out, 0, m.C * sizeof(E));", ";"),
 ]
 
 
@@ -162,7 +163,7 @@ print("clean")
     "call, where",
     [
         # Regression: 5 rows in AVX2's 4 lanes of double were ranked with lanes of memory that was never written.
-        ("tokred.match(torch.randn(1, 9, 3), 4, 0)", "rank_of"),
+        ("tokred.match(torch.randn(1, 9, 3), 4, 0)", "rank_all"),
         ("tokred.attention(*torch.randn(3, 1, 1, 9, 8))", "logit_rows"),
     ],
     ids=["match", "attention"],
@@ -176,3 +177,16 @@ with tokred.use_backend("cpu", isa="portable"):
 """)
     assert done.returncode != 0
     assert "AddressSanitizer: use-after-poison" in done.stderr and where in done.stderr
+
+
+def test_an_output_that_is_never_written_shows(run_planted):
+    """The planted one: a row without members."""
+    done = run_planted("""
+import torch, tokred_kernels as tokred
+x, assign = torch.randn(1, 2, 3), torch.zeros(1, 2, dtype=torch.int32)
+with tokred.use_backend("cpu", isa="portable"):
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        out, _ = tokred.merge(x.to(dtype), assign, 2)
+        print(out.isnan().tolist())
+""")
+    assert done.stdout.splitlines() == ["[[[False, False, False], [True, True, True]]]"] * 4, done.stderr[-3000:]

@@ -63,9 +63,9 @@ static Tensor run(const AttentionArgs& a, void* out) {
 std::tuple<Tensor, Tensor> attention_cpu(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& size,
                                          std::optional<double> scale, StringHandle scores) {
   const AttentionArgs a = attention_args("attention", q, k, &v, size, scale, text(scores));
-  Tensor out = new_like(q, {a.B, a.Nq, a.H, a.D});
+  Tensor out = empty_heads(q, a.B, a.H, a.Nq, a.D, q.scalar_type());
   Tensor emitted = run(a, out.mutable_data_ptr());
-  return {torch::stable::transpose(out, 1, 2), emitted};
+  return {out, emitted};
 }
 
 Tensor attention_scores_cpu(const Tensor& q, const Tensor& k, const OptionalTensor& size, std::optional<double> scale,
@@ -82,21 +82,20 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward_cpu(const OptionalTensor& 
                                                           StringHandle scores) {
   const AttentionArgs a = attention_args("attention_backward", q, k, &v, size, scale, text(scores));
   check_attention_grads(a, q, grad_out, grad_scores, out);
-  Tensor grad_q = new_like(q, {a.B, a.Nq, a.H, a.D});
-  Tensor grad_k = new_like(q, {a.B, a.N, a.H, a.D}), grad_v = new_like(q, {a.B, a.N, a.H, a.D});
+  const ScalarType dtype = q.scalar_type();
+  Tensor grad_q = empty_heads(q, a.B, a.H, a.Nq, a.D, dtype);
+  Tensor grad_k = empty_heads(q, a.B, a.H, a.N, a.D, dtype), grad_v = empty_heads(q, a.B, a.H, a.N, a.D, dtype);
   AttentionGrads g{batch_of(a)};
   std::optional<Heads> grads;
   if (grad_out) grads = heads_of(*grad_out), g.grad_out = view(*grads);
-  const OptionalTensor emitted =
-      a.scores == Scores::kNone ? std::nullopt : per_token(grad_scores, wide(q.scalar_type()));
+  const OptionalTensor emitted = a.scores == Scores::kNone ? std::nullopt : per_token(grad_scores, wide(dtype));
   g.grad_scores = element(emitted, 0);
   g.grad_q = grad_q.mutable_data_ptr(), g.grad_k = grad_k.mutable_data_ptr(), g.grad_v = grad_v.mutable_data_ptr();
   const Isa& kernels = isa();
   if (a.B > 0)
     torch::stable::parallel_for(0, a.B * a.H, 1,
                                 [&](int64_t begin, int64_t end) { kernels.attention_grads(g, begin, end); });
-  return {torch::stable::transpose(grad_q, 1, 2), torch::stable::transpose(grad_k, 1, 2),
-          torch::stable::transpose(grad_v, 1, 2)};
+  return {grad_q, grad_k, grad_v};
 }
 
 }  // namespace tokred

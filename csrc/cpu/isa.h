@@ -7,6 +7,13 @@ namespace tokred {
 
 enum class Dtype : int { kFloat, kHalf, kBFloat16, kDouble };
 
+// What the caller reads next: rows of row_bytes, stride bytes apart. It comes to the second-level cache while the
+// multipliers are busy. No rows: nothing.
+struct Ahead {
+  const char* data;
+  int64_t rows, row_bytes, stride;
+};
+
 // One image of match. Strides in elements; weight in the wide dtype (float, or double for kDouble) or null.
 struct MatchImage {
   const void* metric;  // [H, N, D]
@@ -16,10 +23,7 @@ struct MatchImage {
   double power;
   bool two_way;
   Dtype dtype;
-  // What the caller reads next comes to the second-level cache while the multipliers are busy (match_merge at B = 8:
-  // -13 %); may be null, 0.
-  const char* ahead;
-  int64_t ahead_bytes;
+  Ahead ahead;  // the next image's metric, or x in match_merge
 };
 
 // What the add_*_norm ops do to one image beside merge or topk_gather: the tokens are x + branch_scale (branch +
@@ -94,7 +98,7 @@ struct PairwiseImage {
   int64_t N, C, s_n;
   double scale;
   Dtype dtype;
-  const char* ahead;  // the next image, as in MatchImage
+  const char* ahead;  // the next image, as of MatchImage, in one piece
   int64_t ahead_bytes;
 };
 

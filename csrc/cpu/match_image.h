@@ -13,7 +13,9 @@
 //
 // Floor at N = 197, H = 6, D = 64, float32: 2 * 98 * 98 * 64 = 1.23 MFLOP, 303 KB of keys read once. Scratch N * D * 4
 // bytes a thread, in the second-level cache. Reached on a Xeon with AVX-512 (246 GFLOP/s peak, 1 thread), keys in L2:
-// 15.4 us, of which unit rows 3.4, panels 1.7, edges 8.3 (floor 5.0; the last tiles are padded), rank 1.1.
+// 16.8 us, of which unit rows and panels 5.8, edges 10.4 (floor 5.0; the last tiles are padded, the clock falls), rank
+// .6. Eight images, keys in L3 (24 GB/s so strided, 12.6 us an image): 23 us an image, as the next one's keys come
+// while the edges are computed; match_merge 44, where its bytes alone take 34.
 
 // Rows of a tile: kRows x 2 sums, 2 columns and 1 broadcast must fit the registers (32, 16, 16).
 #if defined(TOKRED_AVX512)
@@ -27,14 +29,15 @@ template <class T>
 constexpr int kCols = 2 * kLanes<T>;
 
 // unit [round_up(D, lanes)]: the mean over heads in head order, times 1 / max(norm, 1e-6). The row `ahead` elements on
-// is prefetched: the runs of H * D between the strides of a fused qkv are too short for the hardware's prefetcher (-20
-// %).
+// is prefetched, and the beginning of the one behind it: the runs of H * D between the strides of a fused qkv are too
+// short for the hardware's prefetcher, which two lines wake (-20 and -2 %).
 template <class E>
 void unit_row(const E* head0, int64_t H, int64_t D, int64_t s_h, int64_t ahead, Wide<E>* unit) {
   using T = Wide<E>;
   constexpr int W = kLanes<T>, kBlock = 4;  // vectors summed at a time over all heads
   const Vec<T> share = splat(T(1) / T(H));
   Vec<T> squares = {};
+  for (int line = 0; line < 2; ++line) __builtin_prefetch((const char*)(head0 + 2 * ahead) + 64 * line);
   int64_t d = 0;
   for (; d + kBlock * W <= D; d += kBlock * W) {
     Vec<T> sum[kBlock];
@@ -74,17 +77,41 @@ void pack_panel(const T* from, int64_t Dp, T* panel) {
     for (int c = 0; c < kCols<T>; c += W) transpose<T>(from + c * Dp + d, Dp, panel + d * kCols<T> + c, kCols<T>);
 }
 
+// Fetches the lines of Ahead evenly over `steps` steps of the inner loop: in bursts they would hold up its loads.
+struct Prefetch {
+  Prefetch(const Ahead& a, int64_t steps)
+      : at(a.data), row_end(a.data + a.row_bytes), rows(a.rows), row_bytes(a.row_bytes), stride(a.stride) {
+    const int64_t halves = rows ? 2 * (steps / rows) : 0;
+    pace = rows == 0 ? 0 : halves * kLine <= row_bytes ? kLine : (row_bytes + halves - 1) / halves;
+  }
+  [[gnu::always_inline]] inline void step() {
+    __builtin_prefetch(at, 0, 2);
+    __builtin_prefetch(at + pace, 0, 2);
+    at += 2 * pace;
+    if (at >= row_end && pace) next_row();
+  }
+
+ private:
+  static constexpr int64_t kLine = 64;
+  void next_row() {
+    row_end += stride, at = row_end - row_bytes;
+    if (--rows == 0) pace = 0, at -= stride;
+  }
+  const char *at, *row_end;
+  int64_t rows, row_bytes, stride, pace;
+};
+
 template <class T>
 struct Edges {
-  T* a;               // unit rows [na padded to kRows][Dp]
-  const T* b;         // panels [nb / kCols][Dp][kCols]
-  T* weight_a;        // [na padded] or null
-  const T* weight_b;  // [nb padded]
-  T* best;            // [na]; of the way back [nb padded to the lanes]
-  int32_t* dst;       // as best
+  T* a;                 // unit rows [na padded to kRows][Dp]
+  const T* b;           // panels [nb / kCols][Dp][kCols]
+  T* weight_a;          // [na padded] or null
+  const T* weight_b;    // [nb padded]
+  T* best;              // [na]; of the way back [nb padded to the lanes]
+  int32_t *dst, *rank;  // as best
   int64_t na, nb, Dp;
   double power;
-  const char *ahead, *ahead_end;  // MatchImage::ahead
+  Prefetch ahead;  // MatchImage::ahead
 };
 
 // (max((s + 1) / 2, 0)^power * weight_i) * weight_j
@@ -109,10 +136,9 @@ template <int kVectors, class T>
 [[gnu::always_inline]] inline void scores(Edges<T>& e, int64_t i, int64_t j, Vec<T> (&sum)[kRows][kVectors]) {
   constexpr int W = kLanes<T>;
   const T *a = e.a + i * e.Dp, *b = e.b + j * e.Dp;
-  const char* ahead = e.ahead;
+  Prefetch ahead = e.ahead;
   for (int64_t d = 0; d < e.Dp; ++d) {
-    __builtin_prefetch(ahead, 0, 2);
-    ahead += ahead < e.ahead_end ? 64 : 0;
+    ahead.step();
     Vec<T> column[kVectors];
 #pragma GCC unroll 16
     for (int u = 0; u < kVectors; ++u) column[u] = load(b + d * kCols<T> + u * W);
@@ -196,19 +222,24 @@ void best_back_edges(Edges<T>& e, int64_t j) {
   }
 }
 
-// #{j: s_j > s_i, or equal and j < i}; s [n padded to the lanes with NaN or -infinity], which never counts.
+// rank_i = #{j: s_j > s_i, or equal and j < i} for i < n, one i a lane; s [n padded to the lanes with NaN or
+// -infinity], which never counts, rank padded too.
 template <class T>
-int64_t rank_of(const T* s, int64_t n, int64_t i) {
+void rank_all(const T* s, int64_t n, int32_t* rank) {
   constexpr int W = kLanes<T>;
-  const Vec<T> mine = splat(s[i]);
-  const int64_t own = i / W * W;
-  Index<T> count = {};
-  for (int64_t j = 0; j < own; j += W) count -= load(s + j) >= mine;
-  for (int64_t j = own + W; j < n; j += W) count -= load(s + j) > mine;
-  int64_t rank = 0;
-  for (int64_t j = own; j < own + W; ++j) rank += j < i ? s[j] >= s[i] : s[j] > s[i];
-  for (int l = 0; l < W; ++l) rank += count[l];
-  return rank;
+  Index<T> lane;
+  for (int l = 0; l < W; ++l) lane[l] = l;
+  for (int64_t i = 0; i < n; i += W) {
+    const Vec<T> mine = load(s + i);
+    Index<T> count = {};  // minus 1 for each comparison that holds
+    for (int64_t j = 0; j < i; ++j) count += splat(s[j]) >= mine;
+    for (int l = 0; l < W; ++l) {
+      const Vec<T> other = splat(s[i + l]);
+      count += (other > mine) | ((other == mine) & (lane > l));
+    }
+    for (int64_t j = i + W; j < n; ++j) count += splat(s[j]) > mine;
+    for (int l = 0; l < W; ++l) rank[i + l] = int32_t(-count[l]);
+  }
 }
 
 // The way back, from b to the a that stayed: assign holds the rows of the first way, those of b from first_b on.
@@ -232,10 +263,8 @@ void match_back(const MatchImage& m, Edges<T>& e, int64_t first_b) {
       best_back_edges<2>(e, j);
     else
       best_back_edges<1>(e, j);
-  for (int64_t j = 0; j < e.nb; ++j) {
-    const int64_t rank = rank_of(e.best, round_up(e.nb, W), j);
-    e.dst[j] = int32_t(rank < r_b ? m.p + e.dst[j] : first_b + rank - r_b);
-  }
+  rank_all(e.best, e.nb, e.rank);
+  for (int64_t j = 0; j < e.nb; ++j) e.dst[j] = int32_t(e.rank[j] < r_b ? m.p + e.dst[j] : first_b + e.rank[j] - r_b);
   for (int64_t n = m.p; n < m.N; ++n)
     if (m.assign[n] >= first_b) m.assign[n] = e.dst[m.assign[n] - first_b];
 }
@@ -254,12 +283,13 @@ void match_image_of(const MatchImage& m) {
   const int64_t a_rows = round_up(na, kRows), weights = m.weight ? a_rows + nb_pad : 0;
   const int64_t edges = m.two_way && nb_pad > na_pad ? nb_pad : na_pad;
   Scratch scratch(Scratch::bytes<T>(a_rows * Dp) + Scratch::bytes<T>(nb_pad * Dp) + Scratch::bytes<T>(kCols<T> * Dp) +
-                  Scratch::bytes<T>(edges) + Scratch::bytes<int32_t>(edges) + Scratch::bytes<T>(weights));
+                  Scratch::bytes<T>(edges) + 2 * Scratch::bytes<int32_t>(edges) + Scratch::bytes<T>(weights));
   T* a = scratch.take<T>(a_rows * Dp);
   T* b = scratch.take<T>(nb_pad * Dp);
   T* rows = scratch.take<T>(kCols<T> * Dp);
   T* best = scratch.take<T>(edges);
   int32_t* dst = scratch.take<int32_t>(edges);
+  int32_t* rank = scratch.take<int32_t>(edges);
   T* weight_a = scratch.take<T>(weights);
   T* weight_b = weight_a + a_rows;
 
@@ -281,8 +311,8 @@ void match_image_of(const MatchImage& m) {
     for (int64_t j = 0; j < nb_pad; ++j) weight_b[j] = j < nb ? weight[b0 + 2 * j] : T(__builtin_nan(""));
   }
 
-  Edges<T> e = {a,       b,       m.weight ? weight_a : nullptr, weight_b, best, dst, na, nb, Dp,
-                m.power, m.ahead, m.ahead + m.ahead_bytes};
+  const Prefetch ahead(m.ahead, a_rows / kRows * (nb_pad / kCols<T>)*Dp);
+  Edges<T> e = {a, b, m.weight ? weight_a : nullptr, weight_b, best, dst, rank, na, nb, Dp, m.power, ahead};
   for (int64_t i = 0; i < na; i += kRows) best_edges(e, i);
   for (int64_t i = na; i < na_pad; ++i) best[i] = T(__builtin_nan(""));
 
@@ -290,7 +320,8 @@ void match_image_of(const MatchImage& m) {
   int32_t kept = int32_t(m.p);
   const int32_t first_b = int32_t(m.p + na - r_a);
   for (int64_t n = 0; n < m.p; ++n) m.assign[n] = int32_t(n);
-  for (int64_t i = 0; i < na; ++i) m.assign[a0 + 2 * i] = rank_of(best, na_pad, i) < r_a ? first_b + dst[i] : kept++;
+  rank_all(best, na, rank);
+  for (int64_t i = 0; i < na; ++i) m.assign[a0 + 2 * i] = rank[i] < r_a ? first_b + dst[i] : kept++;
   for (int64_t j = 0; j < nb; ++j) m.assign[b0 + 2 * j] = first_b + int32_t(j);
   if (m.two_way) match_back(m, e, first_b);
 }

@@ -24,8 +24,7 @@ class MatchImages {
             a.power,
             a.two_way,
             dtype_,
-            nullptr,
-            0};
+            {}};
   }
 
  private:
@@ -71,12 +70,25 @@ class MergeImages {
   int64_t element_, wide_;
 };
 
+// The metric of an image as a fused projection stores it, a token's heads one after another, or a head's tokens.
+static Ahead rows_of(const MatchImage& m) {
+  const int64_t element = m.dtype == Dtype::kDouble ? 8 : m.dtype == Dtype::kFloat ? 4 : 2;
+  const char* data = static_cast<const char*>(m.metric);
+  if (m.H == 1 || m.s_h == m.D) return {data, m.N, m.H * m.D * element, m.s_n * element};
+  if (m.s_n == m.D) return {data, m.H, m.N * m.D * element, m.s_h * element};
+  return {};
+}
+
 Tensor match_cpu(const Tensor& metric, int64_t r, int64_t prefix, const OptionalTensor& weight, double power,
                  bool two_way) {
   const MatchArgs args = match_args("match", metric, r, prefix, weight, power, two_way);
   Tensor assign = new_int32(metric, {args.B, args.N});
   const MatchImages images(args, assign);
-  for_each_image(args.B, [&](int64_t b) { isa().match(images[b]); });
+  for_each_image(args.B, [&](int64_t b) {
+    MatchImage image = images[b];
+    if (b + 1 < args.B) image.ahead = rows_of(images[b + 1]);
+    isa().match(image);
+  });
   return assign;
 }
 
@@ -104,11 +116,11 @@ std::tuple<Tensor, Tensor, Tensor> match_merge_cpu(const Tensor& x, const Tensor
   const MatchImages to_match(match, assign);
   const MergeImages to_merge(merge, static_cast<const int32_t*>(assign.const_data_ptr()), Reduce::kMean, out, size_out);
   const Isa& kernels = isa();
+  const int64_t element = x.element_size();
   for_each_image(merge.B, [&](int64_t b) {
     const MergeImage merge_b = to_merge[b];
     MatchImage match_b = to_match[b];
-    match_b.ahead = static_cast<const char*>(merge_b.x);
-    match_b.ahead_bytes = merge.N * merge.s_n * int64_t(x.element_size());
+    match_b.ahead = {static_cast<const char*>(merge_b.x), merge.N, merge.C * element, merge.s_n * element};
     kernels.match(match_b);
     kernels.merge(merge_b);
   });

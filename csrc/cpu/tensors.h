@@ -16,18 +16,14 @@ inline Dtype dtype_of(const Tensor& t) {
   }
 }
 
-inline Tensor new_like(const Tensor& x, std::vector<int64_t> shape) { return torch::stable::new_empty(x, shape); }
-inline Tensor new_wide(const Tensor& x, std::vector<int64_t> shape) {
-  return torch::stable::new_empty(x, shape, wide(x.scalar_type()));
-}
-
 // One image a task. Nothing may throw inside: the text would be lost.
 template <class F>
 void for_each_image(int64_t B, const F& image) {
-  if (B == 0) return;
-  torch::stable::parallel_for(0, B, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; ++b) image(b);
-  });
+  if (B == 1) return image(0);  // torch's scheduler is more code to fetch
+  if (B > 1)
+    torch::stable::parallel_for(0, B, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t b = begin; b < end; ++b) image(b);
+    });
 }
 
 // A pointer to element `offset` of a tensor that may be absent.

@@ -32,17 +32,17 @@ std::tuple<Tensor, Tensor> attention_cuda(const Tensor& q, const Tensor& k, cons
                                           std::optional<double> scale, StringHandle scores) {
   const DeviceGuard guard(q.get_device_index());
   const AttentionArgs args = attention_args("attention", q, k, &v, size, scale, text(scores));
-  Tensor out = torch::stable::new_empty(q, {args.B, args.Nq, args.H, args.D});
-  Tensor emitted = torch::stable::new_empty(q, {args.B, args.scores == Scores::kNone ? 0 : args.N}, ScalarType::Float);
+  Tensor out = empty_heads(q, args.B, args.H, args.Nq, args.D, q.scalar_type());
+  Tensor emitted = new_wide(q, {args.B, args.scores == Scores::kNone ? 0 : args.N});
   attend("attention", args, &out, emitted);
-  return {torch::stable::transpose(out, 1, 2), emitted};
+  return {out, emitted};
 }
 
 Tensor attention_scores_cuda(const Tensor& q, const Tensor& k, const OptionalTensor& size, std::optional<double> scale,
                              StringHandle scores) {
   const DeviceGuard guard(q.get_device_index());
   const AttentionArgs args = attention_args("attention_scores", q, k, nullptr, size, scale, text(scores));
-  Tensor emitted = torch::stable::new_empty(q, {args.B, args.N}, ScalarType::Float);
+  Tensor emitted = new_wide(q, {args.B, args.N});
   attend("attention_scores", args, nullptr, emitted);
   return emitted;
 }

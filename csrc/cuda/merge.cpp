@@ -60,8 +60,8 @@ std::tuple<Tensor, Tensor> merge_cuda(const Tensor& x, const Tensor& assign, int
   const Reduce how = parse_reduce(text(reduce));
   const MergeArgs args = merge_args("merge", x, assign, m, size, weight);
   debug_assign_values("merge", args.assign, m);
-  Tensor out = torch::stable::new_empty(x, {args.B, m, args.C});
-  Tensor size_out = torch::stable::new_empty(x, {args.B, m}, ScalarType::Float);
+  Tensor out = new_like(x, {args.B, m, args.C});
+  Tensor size_out = new_wide(x, {args.B, m});
   merge_into("merge", args, how, out, size_out, false);
   return {out, size_out};
 }
@@ -75,8 +75,8 @@ std::tuple<Tensor, Tensor, Tensor> match_merge_cuda(const Tensor& x, const Tenso
   Tensor assign = new_int32(x, {match.B, match.N});
   const int64_t M = match.N - match.r;
   const MergeArgs merge = merge_args(op, x, assign, M, size, std::nullopt);
-  Tensor out = torch::stable::new_empty(x, {merge.B, M, merge.C});
-  Tensor size_out = torch::stable::new_empty(x, {merge.B, M}, ScalarType::Float);
+  Tensor out = new_like(x, {merge.B, M, merge.C});
+  Tensor size_out = new_wide(x, {merge.B, M});
   match_into(op, match, assign);
   merge_into(op, merge, Reduce::kMean, out, size_out, true);
   return {out, size_out, assign};
@@ -101,9 +101,9 @@ std::tuple<Tensor, Tensor, Tensor> add_merge_norm_cuda(const Tensor& x, const Te
   const MergeArgs args = merge_args(op, x, assign, m, size, std::nullopt);
   const NormArgs norm = norm_args(op, x, branch, norm_weight, norm_bias, branch_scale, branch_bias, eps);
   debug_assign_values(op, args.assign, m);
-  Tensor out = torch::stable::new_empty(x, {args.B, m, args.C});
-  Tensor size_out = torch::stable::new_empty(x, {args.B, m}, ScalarType::Float);
-  Tensor normed = torch::stable::new_empty(x, {args.B, m, args.C});
+  Tensor out = new_like(x, {args.B, m, args.C});
+  Tensor size_out = new_wide(x, {args.B, m});
+  Tensor normed = new_like(x, {args.B, m, args.C});
   merge_norm_into(op, args, norm, out, size_out, normed);
   return {out, size_out, normed};
 }
@@ -124,7 +124,7 @@ Tensor unmerge_cuda(const Tensor& y, const Tensor& assign) {
   const DeviceGuard guard(y.get_device_index());
   const UnmergeArgs args = unmerge_args(y, assign);
   debug_assign_values("unmerge", args.assign, args.M);
-  Tensor x = torch::stable::new_empty(y, {args.B, args.N, args.C});
+  Tensor x = new_like(y, {args.B, args.N, args.C});
   if (args.B > 0 && args.N > 0 && args.C > 0) unmerge_into(args, x);
   return x;
 }

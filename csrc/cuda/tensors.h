@@ -46,7 +46,7 @@ inline const float* floats(const OptionalTensor& t) {
 // Scratch for one launch function; the stream keeps its memory until the kernels are done.
 inline Scratch scratch_into(Tensor& memory, const Tensor& like) {
   return [&](int64_t bytes) {
-    memory = torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
+    memory = empty(like, {bytes}, ScalarType::Byte);
     return memory.mutable_data_ptr();
   };
 }

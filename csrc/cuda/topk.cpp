@@ -48,7 +48,7 @@ std::tuple<Tensor, Tensor> topk_gather_cuda(const Tensor& x, const Tensor& score
   const char* op = "topk_gather";
   const TopkGatherArgs args = topk_gather_args(op, x, score, k, prefix, text(fuse));
   Tensor assign = new_int32(x, {args.topk.B, args.topk.N});
-  Tensor out = torch::stable::new_empty(x, {args.topk.B, args.topk.M, args.C});
+  Tensor out = new_like(x, {args.topk.B, args.topk.M, args.C});
   topk_into(op, args.topk, assign);
   gather_into(op, args, assign, out);
   return {out, assign};
@@ -74,8 +74,8 @@ std::tuple<Tensor, Tensor, Tensor> add_topk_gather_norm_cuda(const Tensor& x, co
   const TopkGatherArgs args = topk_gather_args(op, x, score, k, prefix, text(fuse));
   const NormArgs norm = norm_args(op, x, branch, norm_weight, norm_bias, branch_scale, branch_bias, eps);
   Tensor assign = new_int32(x, {args.topk.B, args.topk.N});
-  Tensor out = torch::stable::new_empty(x, {args.topk.B, args.topk.M, args.C});
-  Tensor normed = torch::stable::new_empty(x, {args.topk.B, args.topk.M, args.C});
+  Tensor out = new_like(x, {args.topk.B, args.topk.M, args.C});
+  Tensor normed = new_like(x, {args.topk.B, args.topk.M, args.C});
   topk_into(op, args.topk, assign);
   gather_norm_into(op, args, norm, assign, out, normed);
   return {out, assign, normed};

@@ -40,6 +40,7 @@ CPU = (
     Goal("C4 bfloat16", "attention of bfloat16 against torch SDPA, with and without mask", 1.0, 1.5),
     Goal("C5", "attention that emits scores against one that does not", 6, 3, "%", lower_is_better=True),
     Goal("C6", "match_merge, share of one dense block", 1, 0.4, "%", lower_is_better=True),
+    Goal("C6 in place", "match within a ToMe model, share of the forward", 1, 0.4, "%", lower_is_better=True),
     Goal("C7", "RE_sdpa end to end", 1.0, 1.06, ""),
     Goal("C7 sdpa", "RE_sdpa with torch's attention, log size as a key mask", 0.96, 1.0, ""),
     Goal("C8", "RE_self end to end", 0.95, 1.0, ""),

@@ -20,12 +20,11 @@ from tokred_kernels._backend import ATTENTION
 from tokred_kernels.cli import compare, images, machine, table, variants
 from tokred_kernels.cli.timing import Timing, interleave, keep_freed_memory
 
-from . import cases, clusters, cpu_attention, goals, noise_free, results, training_step
+from . import cases, clusters, cpu_attention, goals, in_place, noise_free, results, training_step
+from .in_place import METHODS, R
 
 DEIT_S = "deit_small_patch16_224"
-R = 13
 BATCHES = (1, 8)
-METHODS = {"tome": {"r": R}, "evit": {"keep_rate": 0.7}}
 # Beside the model of the goals: DeiT-T and B, and 577 tokens with the r and keep rate that suit them.
 OTHERS = (
     ("deit_tiny_patch16_224", "tome", {"r": R}),
@@ -141,8 +140,8 @@ def _measured(
 
 
 def model_figures(rounds: int) -> tuple[dict[str, dict[str, float]], list[dict]]:
-    """C7, C8, C9 and C10's ops, and the rows of the model table."""
-    figures = {"C7": {}, "C7 sdpa": {}, "C8": {}, "C9": {}, "C9 plain": {}, "C10 ops": {}}
+    """C6 in place, C7, C8, C9 and C10's ops, and the rows of the model table."""
+    figures = {"C6 in place": {}, "C7": {}, "C7 sdpa": {}, "C8": {}, "C9": {}, "C9 plain": {}, "C10 ops": {}}
     cases_found = []
     for method, options in METHODS.items():
         for B in BATCHES:
@@ -155,6 +154,8 @@ def model_figures(rounds: int) -> tuple[dict[str, dict[str, float]], list[dict]]
             figures["C9 plain"][key] = timings["plain_explicit"].over(timings[method])
             if method == "tome":
                 figures["C7 sdpa"][key] = timings["oracle"].over(timings["tome_sdpa"])
+                batch = photographs[torch.arange(B) % len(photographs)]
+                figures["C6 in place"][f"B={B}"] = in_place.share(found["tome"], batch, "match", rounds)
         counts = schedule.tokens(found[method])
         steps = sum(before > after for before, after in counts)
         figures["C10 ops"][method] = noise_free.ops_per_step(found["dense"], found[method], photographs, steps)

@@ -9,9 +9,9 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 import tokred_kernels as tokred
-from benchmarks import cases, goals, noise_free, readme_table, report, results
+from benchmarks import cases, goals, in_place, noise_free, readme_table, report, results
 from tokred_kernels import reference, schedule
-from tokred_kernels.cli import variants
+from tokred_kernels.cli import timing, variants
 from tokred_kernels.cli.timing import Timing, interleave
 from tokred_kernels.models import baselines
 
@@ -150,6 +150,25 @@ class TestCases:
         assert tokred.info() == before
 
 
+class TestInPlace:
+    @torch.inference_mode()
+    def test_every_call_of_an_op_within_a_forward(self, images, monkeypatch):
+        torch.manual_seed(0)
+        reduced = tokred.apply(VisionTransformer(**SMALL).eval(), "tome", r=R)
+        steps = sum(r > 0 for r in R)
+        before = torch.ops.tokred.match
+        forward, calls = in_place.measure(reduced, images, ("match", "add_merge_norm", "topk"), rounds=3)
+        assert {op: len(seconds) for op, seconds in calls.items()} == {
+            "match": steps,
+            "add_merge_norm": steps,
+            "topk": 0,
+        }
+        assert 0 < sum(calls["match"]) + sum(calls["add_merge_norm"]) < forward
+        assert torch.ops.tokred.match is before
+        monkeypatch.setattr(in_place, "measure", lambda *given: (0.5, {"match": [0.01, 0.04]}))
+        assert in_place.share(reduced, images, "match", rounds=3) == pytest.approx(10)
+
+
 class TestTiming:
     def test_every_candidate_once_a_round_in_another_order(self):
         order = []
@@ -175,6 +194,13 @@ class TestTiming:
         calls = []
         interleave({"a": lambda: calls.append(1)}, rounds=2)
         assert len(calls) > 100
+
+    def test_as_many_calls_before_a_sample_are_not_timed(self, monkeypatch):
+        asked = []
+        monkeypatch.setattr(timing, "_sample_cpu", lambda call, repeats: asked.append(repeats) or len(asked) * 1e-4)
+        found = interleave({"a": lambda: None}, rounds=2)
+        assert asked == [1, 1, 10, 10, 10, 10]  # the shortest sample is a millisecond
+        assert found["a"].seconds == pytest.approx([4e-4, 6e-4])
 
     def test_a_ratio_is_the_median_of_the_ratios_within_the_rounds(self):
         slow, fast = Timing([4.0, 3.0, 40.0]), Timing([2.0, 1.0, 8.0])

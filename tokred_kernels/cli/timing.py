@@ -1,5 +1,5 @@
-"""Interleaved timing: every candidate once per round, after a call that is not timed, so that a slow moment of the
-machine hits all of them alike.
+"""Interleaved timing: every candidate once per round, after as many calls that are not timed, so that a slow moment of
+the machine hits all of them alike.
 
 Quote ratios: `Timing.over`, the median of the ratios within each round. Of DeiT-S, one image a call, in 20 rounds on a
 shared virtual machine it spread by 0.9 %, the ratio of the 10th percentiles by 3.5 %, of the fastest by 2 to 6 %.
@@ -61,7 +61,7 @@ def interleave(
     max_seconds: float = math.inf,
     on_round: Callable[[], object] = lambda: None,
 ) -> dict[str, Timing]:
-    """Times every candidate once per round, each time after a call of its own that is not timed.
+    """Times every candidate once per round, each time after a sample of its own that is not timed.
 
     Args:
         candidates: what to time, by name; each call must do the same work.
@@ -85,9 +85,10 @@ def interleave(
         if i >= 3 and time.perf_counter() - start > max_seconds:
             break
         # In another order each time: a forward after one of the same shapes, in its caches, is 1 to 2 % faster. The
-        # first forward after another model's is up to 2 % slower than the next ones, which are what repeated use is.
+        # first forward after another model's is up to 2 % slower than the next ones, which are what repeated use is; of
+        # an op that moves some megabytes the first three calls are, by up to 2.5 times, until the cache keeps its data.
         for name in order.sample(names, len(names)):
-            candidates[name]()
+            sample(candidates[name], repeats[name])
             seconds[name].append(sample(candidates[name], repeats[name]))
         on_round()
     return {name: Timing(values) for name, values in seconds.items()}

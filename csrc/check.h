@@ -56,11 +56,29 @@ inline bool is_floating(ScalarType dtype) {
          dtype == ScalarType::Double;
 }
 
+// t.scalar_type() asks torch for one code after another, in seven functions; here all are asked once.
+inline ScalarType scalar_type(const Tensor& t) {
+  struct Known {
+    int32_t code;
+    ScalarType type;
+  };
+  static const Known known[] = {{aoti_torch_dtype_float32(), ScalarType::Float},
+                                {aoti_torch_dtype_int32(), ScalarType::Int},
+                                {aoti_torch_dtype_bfloat16(), ScalarType::BFloat16},
+                                {aoti_torch_dtype_float16(), ScalarType::Half},
+                                {aoti_torch_dtype_float64(), ScalarType::Double}};
+  int32_t code = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &code));
+  for (const Known& one : known)
+    if (one.code == code) return one.type;
+  return t.scalar_type();
+}
+
 inline void check_floating(const char* op, const char* argument, const Tensor& t) {
-  if (!is_floating(t.scalar_type()))
-    fail(op, argument, "float32, float16, bfloat16 or float64", show_dtype(t.scalar_type()));
+  if (!is_floating(scalar_type(t)))
+    fail(op, argument, "float32, float16, bfloat16 or float64", show_dtype(scalar_type(t)));
   // The GPU kernels have no float64 form: gradcheck runs on the CPU.
-  if (t.is_cuda() && t.scalar_type() == ScalarType::Double)
+  if (scalar_type(t) == ScalarType::Double && t.is_cuda())
     fail(op, argument, "float32, float16 or bfloat16 on a CUDA device", "float64");
 }
 
@@ -75,14 +93,14 @@ inline std::string show_device(const Tensor& t) {
 }
 
 inline void check_device(const char* op, const char* argument, const Tensor& t, const Tensor& x) {
-  if (t.device() != x.device()) fail(op, argument, "on " + show_device(x), show_device(t));
+  if (device_of(t) != device_of(x)) fail(op, argument, "on " + show_device(x), show_device(t));
 }
 
 inline void check_per_token(const char* op, const char* argument, const OptionalTensor& t, int64_t B, int64_t N,
                             const Tensor& x) {
   if (!t) return;
-  if (!is_floating(t->scalar_type()))
-    fail(op, argument, "float32, float16, bfloat16 or float64", show_dtype(t->scalar_type()));
+  if (!is_floating(scalar_type(*t)))
+    fail(op, argument, "float32, float16, bfloat16 or float64", show_dtype(scalar_type(*t)));
   check_shape(op, argument, *t, "[B, N]", {B, N});
   check_device(op, argument, *t, x);
 }
@@ -90,8 +108,8 @@ inline void check_per_token(const char* op, const char* argument, const Optional
 // assign, label, centres: int32.
 inline void check_rows(const char* op, const char* argument, const Tensor& t, const char* letters, Shape shape,
                        const Tensor& x) {
-  if (t.scalar_type() != ScalarType::Int)
-    fail(op, argument, letters + (" = " + show(shape)), show_dtype(t.scalar_type()) + " " + show_shape(t));
+  if (scalar_type(t) != ScalarType::Int)
+    fail(op, argument, letters + (" = " + show(shape)), show_dtype(scalar_type(t)) + " " + show_shape(t));
   check_shape(op, argument, t, letters, shape);
   check_device(op, argument, t, x);
 }
@@ -126,12 +144,12 @@ inline Tensor inner_contiguous(const Tensor& t) {
 // size, weight: contiguous, in the wide dtype; no copy in the steady state, where they are float32 already.
 inline OptionalTensor per_token(const OptionalTensor& t, ScalarType dtype) {
   if (!t) return std::nullopt;
-  return as_contiguous(t->scalar_type() == dtype ? *t : torch::stable::to(*t, dtype));
+  return as_contiguous(scalar_type(*t) == dtype ? *t : torch::stable::to(*t, dtype));
 }
 
 inline Tensor new_int32(const Tensor& like, Shape shape) { return empty(like, shape, ScalarType::Int); }
-inline Tensor new_like(const Tensor& x, Shape shape) { return empty(x, shape, x.scalar_type()); }
-inline Tensor new_wide(const Tensor& x, Shape shape) { return empty(x, shape, wide(x.scalar_type())); }
+inline Tensor new_like(const Tensor& x, Shape shape) { return empty(x, shape, scalar_type(x)); }
+inline Tensor new_wide(const Tensor& x, Shape shape) { return empty(x, shape, wide(scalar_type(x))); }
 
 struct MatchArgs {
   Tensor metric;          // [B, H, N, D] or [B, N, D] with H = 1
@@ -159,7 +177,7 @@ inline MatchArgs match_args(const char* op, const Tensor& given, int64_t r, int6
   a.metric = inner_contiguous(given);
   a.s_b = a.metric.stride(0), a.s_h = dims == 4 ? a.metric.stride(1) : 0, a.s_n = a.metric.stride(dims - 2);
   a.p = prefix, a.r = std::max<int64_t>(0, std::min(r, (a.N - prefix) / 2));
-  a.weight = per_token(weight, wide(given.scalar_type()));
+  a.weight = per_token(weight, wide(scalar_type(given)));
   a.power = power, a.two_way = two_way;
   return a;
 }
@@ -193,7 +211,7 @@ inline MergeArgs merge_args(const char* op, const Tensor& x, const Tensor& assig
   a.x = inner_contiguous(x);
   a.s_b = a.x.stride(0), a.s_n = a.x.stride(1);
   a.assign = as_contiguous(assign);
-  a.size = per_token(size, wide(x.scalar_type())), a.weight = per_token(weight, wide(x.scalar_type()));
+  a.size = per_token(size, wide(scalar_type(x))), a.weight = per_token(weight, wide(scalar_type(x)));
   return a;
 }
 
@@ -209,8 +227,8 @@ struct NormArgs {
 inline NormArgs norm_args(const char* op, const Tensor& x, const Tensor& branch, const OptionalTensor& norm_weight,
                           const OptionalTensor& norm_bias, const OptionalTensor& branch_scale,
                           const OptionalTensor& branch_bias, double eps) {
-  if (branch.scalar_type() != x.scalar_type())
-    fail(op, "branch", show_dtype(x.scalar_type()) + " as x", show_dtype(branch.scalar_type()));
+  if (scalar_type(branch) != scalar_type(x))
+    fail(op, "branch", show_dtype(scalar_type(x)) + " as x", show_dtype(scalar_type(branch)));
   check_shape(op, "branch", branch, "[B, N, C]", {x.size(0), x.size(1), x.size(2)});
   check_device(op, "branch", branch, x);
   const auto row = [&](const char* argument, const OptionalTensor& t) {

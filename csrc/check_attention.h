@@ -38,8 +38,8 @@ inline Scores parse_scores(const char* op, const std::string& name, bool none_al
 
 // A tensor that must be [B, H, rows, D] in the dtype and on the device of q.
 inline void check_like_q(const char* op, const char* argument, const Tensor& t, const Tensor& q, int64_t rows) {
-  if (t.scalar_type() != q.scalar_type())
-    fail(op, argument, show_dtype(q.scalar_type()) + " as q", show_dtype(t.scalar_type()));
+  if (scalar_type(t) != scalar_type(q))
+    fail(op, argument, show_dtype(scalar_type(q)) + " as q", show_dtype(scalar_type(t)));
   check_shape(op, argument, t, "[B, H, N, D]", {q.size(0), q.size(1), rows, q.size(3)});
   check_device(op, argument, t, q);
 }
@@ -60,7 +60,7 @@ inline AttentionArgs attention_args(const char* op, const Tensor& q, const Tenso
   check_per_token(op, "size", size, a.B, a.N, q);
   a.scores = parse_scores(op, scores, op != std::string("attention_scores"));
   a.q = heads_of(q), a.k = heads_of(k), a.v = v ? heads_of(*v) : a.k;
-  a.size = per_token(size, wide(q.scalar_type()));
+  a.size = per_token(size, wide(scalar_type(q)));
   a.scale = scale ? *scale : D ? 1 / std::sqrt(double(D)) : 1.0;
   return a;
 }
@@ -71,8 +71,8 @@ inline void check_attention_grads(const AttentionArgs& a, const Tensor& q, const
   if (grad_out) check_like_q(op, "grad_out", *grad_out, q, a.Nq);
   check_like_q(op, "out", out, q, a.Nq);
   if (!grad_scores) return;
-  if (!is_floating(grad_scores->scalar_type()))
-    fail(op, "grad_scores", "float32, float16, bfloat16 or float64", show_dtype(grad_scores->scalar_type()));
+  if (!is_floating(scalar_type(*grad_scores)))
+    fail(op, "grad_scores", "float32, float16, bfloat16 or float64", show_dtype(scalar_type(*grad_scores)));
   check_shape(op, "grad_scores", *grad_scores, "[B, N]", {a.B, a.scores == Scores::kNone ? 0 : a.N});
   check_device(op, "grad_scores", *grad_scores, q);
 }

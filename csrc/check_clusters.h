@@ -28,8 +28,8 @@ struct DistanceArgs {
 
 // For a checked distance.
 inline DistanceArgs distance_args(const Tensor& given) {
-  const ScalarType dtype = wide(given.scalar_type());
-  const Tensor d = inner_contiguous(given.scalar_type() == dtype ? given : torch::stable::to(given, dtype));
+  const ScalarType dtype = wide(scalar_type(given));
+  const Tensor d = inner_contiguous(scalar_type(given) == dtype ? given : torch::stable::to(given, dtype));
   return {d, d.size(0), d.size(1), d.stride(0), d.stride(1)};
 }
 

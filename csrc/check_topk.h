@@ -45,7 +45,7 @@ inline TopkGatherArgs topk_gather_args(const char* op, const Tensor& x, const Te
   TopkGatherArgs a;
   if (fuse != "none" && fuse != "sum" && fuse != "mean")
     fail(op, "fuse", "\"none\", \"sum\" or \"mean\"", "\"" + fuse + "\"");
-  a.topk = topk_args(score, k, prefix, fuse != "none", wide(x.scalar_type()));
+  a.topk = topk_args(score, k, prefix, fuse != "none", wide(scalar_type(x)));
   a.x = inner_contiguous(x);
   a.C = x.size(2), a.s_b = a.x.stride(0), a.s_n = a.x.stride(1);
   // A token alone in a mean is a copy too: w x / w would round.

@@ -11,6 +11,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <initializer_list>
+#include <utility>
 
 namespace tokred {
 
@@ -29,11 +30,17 @@ inline bool poisons() {
   return on;
 }
 
+// Type and index, in torch's codes.
+inline std::pair<int32_t, int32_t> device_of(const Tensor& t) {
+  std::pair<int32_t, int32_t> device;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &device.first));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(t.get(), &device.second));
+  return device;
+}
+
 // On the device of `like`.
 inline Tensor empty_strided(const Tensor& like, Shape shape, const int64_t* strides, ScalarType dtype) {
-  int32_t device = 0, index = 0;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
+  const auto [device, index] = device_of(like);
   const auto type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle made = nullptr;
   TORCH_ERROR_CODE_CHECK(

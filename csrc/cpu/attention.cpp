@@ -63,7 +63,7 @@ static Tensor run(const AttentionArgs& a, void* out) {
 std::tuple<Tensor, Tensor> attention_cpu(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& size,
                                          std::optional<double> scale, StringHandle scores) {
   const AttentionArgs a = attention_args("attention", q, k, &v, size, scale, text(scores));
-  Tensor out = empty_heads(q, a.B, a.H, a.Nq, a.D, q.scalar_type());
+  Tensor out = empty_heads(q, a.B, a.H, a.Nq, a.D, scalar_type(q));
   Tensor emitted = run(a, out.mutable_data_ptr());
   return {out, emitted};
 }
@@ -82,7 +82,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward_cpu(const OptionalTensor& 
                                                           StringHandle scores) {
   const AttentionArgs a = attention_args("attention_backward", q, k, &v, size, scale, text(scores));
   check_attention_grads(a, q, grad_out, grad_scores, out);
-  const ScalarType dtype = q.scalar_type();
+  const ScalarType dtype = scalar_type(q);
   Tensor grad_q = empty_heads(q, a.B, a.H, a.Nq, a.D, dtype);
   Tensor grad_k = empty_heads(q, a.B, a.H, a.N, a.D, dtype), grad_v = empty_heads(q, a.B, a.H, a.N, a.D, dtype);
   AttentionGrads g{batch_of(a)};

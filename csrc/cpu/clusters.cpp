@@ -39,7 +39,7 @@ std::tuple<Tensor, Tensor> knn_cpu(const Tensor& distance, int64_t k) {
 Tensor separation_cpu(const Tensor& distance, const Tensor& density) {
   check_separation(distance, density);
   const DistanceArgs args = distance_args(distance);
-  const Tensor dense = *per_token(density, wide(distance.scalar_type()));
+  const Tensor dense = *per_token(density, wide(scalar_type(distance)));
   Tensor out = new_wide(distance, {args.B, args.N});
   char* values = static_cast<char*>(out.mutable_data_ptr());
   const int64_t image_bytes = args.N * int64_t(out.element_size());
@@ -69,7 +69,7 @@ Tensor medoids_cpu(const Tensor& distance, const Tensor& label, const Tensor& ce
   check_medoids(distance, label, centres, weight, how);
   const DistanceArgs args = distance_args(distance);
   const Tensor labels = as_contiguous(label), before = as_contiguous(centres);
-  const Tensor weights = *per_token(weight, wide(distance.scalar_type()));
+  const Tensor weights = *per_token(weight, wide(scalar_type(distance)));
   const int32_t* cluster = static_cast<const int32_t*>(labels.const_data_ptr());
   const int32_t* centre = static_cast<const int32_t*>(before.const_data_ptr());
   const int64_t K = centres.size(1);

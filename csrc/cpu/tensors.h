@@ -8,7 +8,7 @@
 namespace tokred {
 
 inline Dtype dtype_of(const Tensor& t) {
-  switch (t.scalar_type()) {
+  switch (scalar_type(t)) {
     case ScalarType::Half: return Dtype::kHalf;
     case ScalarType::BFloat16: return Dtype::kBFloat16;
     case ScalarType::Double: return Dtype::kDouble;
@@ -37,10 +37,10 @@ class Tails {
   Tails(const NormArgs& args, const Tensor& x, int64_t M)
       : normed(new_like(x, {x.size(0), M, x.size(2)})),
         args_(args),
-        weight_(per_token(args.weight, wide(x.scalar_type()))),
-        bias_(per_token(args.bias, wide(x.scalar_type()))),
-        branch_scale_(per_token(args.branch_scale, wide(x.scalar_type()))),
-        branch_bias_(per_token(args.branch_bias, wide(x.scalar_type()))),
+        weight_(per_token(args.weight, wide(scalar_type(x)))),
+        bias_(per_token(args.bias, wide(scalar_type(x)))),
+        branch_scale_(per_token(args.branch_scale, wide(scalar_type(x)))),
+        branch_bias_(per_token(args.branch_bias, wide(scalar_type(x)))),
         out_(static_cast<char*>(normed.mutable_data_ptr())),
         image_bytes_(M * x.size(2) * int64_t(normed.element_size())) {}
   Tail operator[](int64_t b) const {

@@ -43,7 +43,7 @@ class TopkGatherImages {
 
 Tensor topk_cpu(const Tensor& score, int64_t k, int64_t prefix, bool fuse) {
   check_topk("topk", score, k, prefix);
-  const TopkArgs args = topk_args(score, k, prefix, fuse, wide(score.scalar_type()));
+  const TopkArgs args = topk_args(score, k, prefix, fuse, wide(scalar_type(score)));
   Tensor assign = new_int32(score, {args.B, args.N});
   const TopkImages images(args, assign);
   for_each_image(args.B, [&](int64_t b) { isa().topk(images[b]); });

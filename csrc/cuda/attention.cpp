@@ -32,7 +32,7 @@ std::tuple<Tensor, Tensor> attention_cuda(const Tensor& q, const Tensor& k, cons
                                           std::optional<double> scale, StringHandle scores) {
   const DeviceGuard guard(q.get_device_index());
   const AttentionArgs args = attention_args("attention", q, k, &v, size, scale, text(scores));
-  Tensor out = empty_heads(q, args.B, args.H, args.Nq, args.D, q.scalar_type());
+  Tensor out = empty_heads(q, args.B, args.H, args.Nq, args.D, scalar_type(q));
   Tensor emitted = new_wide(q, {args.B, args.scores == Scores::kNone ? 0 : args.N});
   attend("attention", args, &out, emitted);
   return {out, emitted};

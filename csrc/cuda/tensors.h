@@ -20,7 +20,7 @@ inline Stream stream_of(const Tensor& t) {
 }
 
 inline Dtype dtype_of(const Tensor& t) {
-  switch (t.scalar_type()) {
+  switch (scalar_type(t)) {
     case ScalarType::Half: return Dtype::kHalf;
     case ScalarType::BFloat16: return Dtype::kBFloat16;
     default: return Dtype::kFloat;
@@ -63,7 +63,7 @@ inline TailArgs tail_args(const NormArgs& args, const Tensor& x, const Tensor& n
   OptionalTensor* const rows[] = {&a.weight, &a.bias, &a.branch_scale, &a.branch_bias};
   const void** const pointers[] = {&a.tail.weight, &a.tail.bias, &a.tail.branch_scale, &a.tail.branch_bias};
   // As they are where all are of the type of x, which is the usual model: no copy.
-  for (const OptionalTensor* row : rows) a.tail.wide |= *row && (*row)->scalar_type() != x.scalar_type();
+  for (const OptionalTensor* row : rows) a.tail.wide |= *row && scalar_type(**row) != scalar_type(x);
   for (int i = 0; i < 4; ++i) {
     OptionalTensor& row = *rows[i];
     if (a.tail.wide) row = per_token(row, ScalarType::Float);

@@ -56,7 +56,7 @@ inline bool is_floating(ScalarType dtype) {
          dtype == ScalarType::Double;
 }
 
-// t.scalar_type() asks torch for one code after another, in seven functions; here all are asked once.
+// t.scalar_type() asks torch for one code after another, up to float32 seven; here they are asked for once.
 inline ScalarType scalar_type(const Tensor& t) {
   struct Known {
     int32_t code;

@@ -1,5 +1,5 @@
 // Tensors for outputs, not initialised, by torch's C function. torch::stable::new_empty, made for torch 2.10, looks its
-// op up by name and boxes the arguments: amid a model, whose caches hold other code, 1 to 3 us more a tensor.
+// op up by name and boxes the arguments: amid a model, whose caches hold other code, 3 us and more a tensor.
 #pragma once
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/stableivalue_conversions.h>

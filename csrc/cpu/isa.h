@@ -98,7 +98,8 @@ struct PairwiseImage {
   int64_t N, C, s_n;
   double scale;
   Dtype dtype;
-  const char* ahead;  // the next image, as of MatchImage, in one piece
+  // The next image, in one piece. Its tiles have more steps than lines, a line a step: 2 % faster than Ahead's pace.
+  const char* ahead;
   int64_t ahead_bytes;
 };
 

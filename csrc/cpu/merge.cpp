@@ -71,8 +71,7 @@ class MergeImages {
 };
 
 // The metric of an image as a fused projection stores it, a token's heads one after another, or a head's tokens.
-static Ahead rows_of(const MatchImage& m) {
-  const int64_t element = m.dtype == Dtype::kDouble ? 8 : m.dtype == Dtype::kFloat ? 4 : 2;
+static Ahead rows_of(const MatchImage& m, int64_t element) {
   const char* data = static_cast<const char*>(m.metric);
   if (m.H == 1 || m.s_h == m.D) return {data, m.N, m.H * m.D * element, m.s_n * element};
   if (m.s_n == m.D) return {data, m.H, m.N * m.D * element, m.s_h * element};
@@ -84,9 +83,10 @@ Tensor match_cpu(const Tensor& metric, int64_t r, int64_t prefix, const Optional
   const MatchArgs args = match_args("match", metric, r, prefix, weight, power, two_way);
   Tensor assign = new_int32(metric, {args.B, args.N});
   const MatchImages images(args, assign);
+  const int64_t element = args.metric.element_size();
   for_each_image(args.B, [&](int64_t b) {
     MatchImage image = images[b];
-    if (b + 1 < args.B) image.ahead = rows_of(images[b + 1]);
+    if (b + 1 < args.B) image.ahead = rows_of(images[b + 1], element);
     isa().match(image);
   });
   return assign;

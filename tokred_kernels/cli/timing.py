@@ -86,7 +86,7 @@ def interleave(
             break
         # In another order each time: a forward after one of the same shapes, in its caches, is 1 to 2 % faster. The
         # first forward after another model's is up to 2 % slower than the next ones, which are what repeated use is; of
-        # an op that moves some megabytes the first three calls are, by up to 2.5 times, until the cache keeps its data.
+        # an op that moves some megabytes the first three calls are, by up to 3 times, until the cache keeps its data.
         for name in order.sample(names, len(names)):
             sample(candidates[name], repeats[name])
             seconds[name].append(sample(candidates[name], repeats[name]))
